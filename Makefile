@@ -1,0 +1,37 @@
+# Every target sets up .venv by itself: a fresh clone needs Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Create .venv and install the project with its development tools.
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("codetr needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --editable . --group dev
+	@touch $(READY)
+
+demo: $(READY)  ## Train Co-DETR with K = 0, 1, 2 heads on the embedded digits and compare.
+	$(BIN)/codetr run ablation-k --profile laptop
+
+test: $(READY) lint  ## Run linters, type checker and all tests.
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Format the code and fix what ruff can fix.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and caches, keep runs/.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,211 @@
+"""What the parts of the detector hand to one another.
+
+Boxes are ``xyxy`` in pixels of the network's input, except in :class:`QueryGroup` and
+:class:`KnownTargets`, which live inside the decoder: there they are ``cxcywh`` normalised by each
+image's own valid size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class _Moves:
+    """Gives a dataclass of tensors ``to(device)``."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass
+class ImageBatch(_Moves):
+    """Images of one batch, padded on the right and at the bottom to a common size.
+
+    Attributes:
+        pixels: (B, 3, H, W) float, normalised by mean and std; zero in the padding.
+        sizes: valid (height, width) in pixels of each of the B images.
+    """
+
+    pixels: Tensor
+    sizes: list[Size]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def padding_mask(self) -> Tensor:
+        """(B, H, W) bool, True where a pixel is padding."""
+        height, width = self.pixels.shape[-2:]
+        device = self.pixels.device
+        sizes = torch.tensor(self.sizes, device=device)
+        rows = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
+        columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
+        return rows | columns
+
+
+@dataclass
+class Targets(_Moves):
+    """The objects of one image.
+
+    Attributes:
+        boxes: (n, 4) float, xyxy in pixels of the network's input.
+        labels: (n,) int64, contiguous class numbers from 0.
+        image_id: the id in the annotation file.
+        original_size: (height, width) of the image file, to which detections are scaled back.
+        seed: seeds the random draws that training makes for this image (which anchors are sampled,
+            which positives become queries), so that they do not depend on the other images of the
+            batch or on how many workers share it. None: draw from torch's global generator.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_id: int = 0
+    original_size: Size = (0, 0)
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Detections(_Moves):
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (n, 4) xyxy in pixels.
+        scores: (n,) in [0, 1].
+        labels: (n,) int64, contiguous class numbers from 0.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def rescaled(self, size: Size, new_size: Size) -> Detections:
+        """The same detections in an image of ``new_size`` instead of ``size`` (height, width)."""
+        factor = self.boxes.new_tensor([new_size[1] / size[1], new_size[0] / size[0]] * 2)
+        return replace(self, boxes=self.boxes * factor)
+
+
+@dataclass
+class Positives:
+    """What an auxiliary head's assignment found in one image (equation 1).
+
+    The candidates are the head's anchors, or its sampled proposals. They are handed over whole,
+    with indices, so that nothing is copied before it is known which of them become queries.
+
+    Attributes:
+        boxes: (N, 4) every candidate, xyxy in pixels.
+        features: (N, C) the memory as the head read it at each candidate; gradients flow.
+        positive: (P,) indices of the positive candidates.
+        negative: (M,) indices of the negative ones.
+        labels: (P,) class of the object that each positive is assigned to.
+        targets: (P, 4) that object's box, xyxy in pixels.
+    """
+
+    boxes: Tensor
+    features: Tensor
+    positive: Tensor
+    negative: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+@dataclass
+class HeadOutput:
+    """What an auxiliary head gives in training.
+
+    Attributes:
+        losses: unweighted scalar loss terms by name.
+        positives: one entry for each image of the batch.
+    """
+
+    losses: dict[str, Tensor]
+    positives: list[Positives]
+
+
+@dataclass
+class KnownTargets:
+    """Targets of queries that need no matching.
+
+    Attributes:
+        labels: (B, Q) int64; ``num_classes`` for background.
+        boxes: (B, Q, 4) normalised cxcywh; zero for background.
+        label_weights: (B, Q) 0 where a query is only padding and has no class loss.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    label_weights: Tensor
+
+
+@dataclass
+class QueryGroup:
+    """Queries that enter the decoder together and see one another.
+
+    Attributes:
+        name: ``query`` for the one-to-one queries, ``positive/HEAD`` for a head's positives.
+        content: (B, Q, C).
+        position: (B, Q, C) added to queries and keys of the attention.
+        reference: (B, Q, 4) starting boxes, normalised cxcywh.
+        points: the starting references are points only: width and height are not yet known, so
+            offsets are in cells of the maps, not in fractions of the box (method.md 11).
+        targets: known targets, or None where the criterion finds them by Hungarian matching.
+        sees: names of other groups whose queries these may attend to.
+        valid: (B, Q) bool, False where a query is mere padding that none may attend to; None: all.
+    """
+
+    name: str
+    content: Tensor
+    position: Tensor
+    reference: Tensor
+    points: bool = False
+    targets: KnownTargets | None = None
+    sees: tuple[str, ...] = ()
+    valid: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.content.shape[1]
+
+
+@dataclass
+class GroupPrediction:
+    """The decoder's output for one group, layer by layer.
+
+    Attributes:
+        logits: (L, B, Q, classes).
+        boxes: (L, B, Q, 4) normalised cxcywh.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass
+class LossOutput:
+    """What the detector returns in training.
+
+    Attributes:
+        total: scalar of equation 6, to call ``backward()`` on.
+        losses: unweighted terms by name; the names are those of ``DetectorConfig.loss_weights``.
+        statistics: detached scalars worth logging that are no losses, by name.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)

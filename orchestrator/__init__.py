@@ -1,0 +1,1 @@
+"""Runs experiments with codetr on Ray and records them in MLflow."""
