@@ -1,0 +1,68 @@
+"""Losses as pure functions. Each returns a float32 scalar, the SUM over its rows; what it is
+divided by is the caller's affair (:func:`codetr.distributed.normaliser`): it spans all ranks.
+
+Inputs of lower precision, as under autocast, are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional
+
+from codetr.boxes import generalised_iou
+
+
+def _weighted_sum(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows.sum() if weights is None else (rows * weights).sum()
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """(N,) labels to (N, num_classes) float32; a row of zeros where label == num_classes."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Focal loss on independent sigmoids (RetinaNet, section 3).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64; C means background.
+        weights: (N,) weight of each row; None for 1.
+    """
+    targets = one_hot(labels, logits.shape[1])
+    loss = torchvision.ops.sigmoid_focal_loss(logits.float(), targets, alpha, gamma)
+    return _weighted_sum(loss.sum(1), weights)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross entropy of (N,) logits with (N,) targets in [0, 1]."""
+    loss = functional.binary_cross_entropy_with_logits(
+        logits.float(), targets.float(), reduction="none"
+    )
+    return _weighted_sum(loss, weights)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Softmax cross entropy of (N, C) logits with (N,) int64 labels."""
+    return _weighted_sum(
+        functional.cross_entropy(logits.float(), labels, reduction="none"), weights
+    )
+
+
+def l1_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Absolute difference of (N, D) rows, summed over D too."""
+    return _weighted_sum((predictions.float() - targets.float()).abs().sum(-1), weights)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 - GIoU of each of (N, 4) xyxy boxes with its own target (method.md 33)."""
+    return _weighted_sum(1 - generalised_iou(boxes.float(), targets.float()), weights)

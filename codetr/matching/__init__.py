@@ -1,0 +1,1 @@
+"""Label assignment: plain functions of tensors to indices."""

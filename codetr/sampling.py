@@ -1,0 +1,35 @@
+"""Random draws that belong to an image, whatever batch or rank it is in."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from codetr.structures import Targets
+
+
+def draw_generator(targets: Targets, purpose: str = "") -> torch.Generator | None:
+    """A CPU generator seeded by the image; None (torch's global one) where it has no seed.
+
+    Args:
+        targets: of one image.
+        purpose: different words give independent streams, so that one part's draws do not depend
+            on how much another part drew.
+    """
+    if targets.seed is None:
+        return None
+    salt = zlib.crc32(purpose.encode())
+    return torch.Generator().manual_seed(targets.seed ^ salt)
+
+
+def random_subset(indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` of (n,) ``indices`` in random order; all of them, in their own, if there are fewer.
+
+    ``torch.randperm`` is called once if there is anything to choose and else not at all.
+    """
+    if len(indices) <= count:
+        return indices
+    chosen = torch.randperm(len(indices), generator=generator)[:count]
+    return indices[chosen.to(indices.device)]
