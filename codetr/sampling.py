@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,3 +35,16 @@ def random_subset(indices: Tensor, count: int, generator: torch.Generator | None
         return indices
     chosen = torch.randperm(len(indices), generator=generator)[:count]
     return indices[chosen.to(indices.device)]
+
+
+@contextmanager
+def forked_rng(name: str) -> Iterator[None]:
+    """Seed torch's CPU generator by ``name`` and the current seed; restore it afterwards.
+
+    A part built within has initial weights that do not depend on which other parts were built
+    before it, and leaves the others' alone.
+    """
+    seed = torch.initial_seed() ^ zlib.crc32(name.encode())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -102,6 +102,31 @@ class Detections(_Moves):
 
 
 @dataclass
+class Memory:
+    """Tokens of all levels of the encoder, laid end to end, finest level first.
+
+    Attributes:
+        tokens: (B, T, C).
+        shapes: (height, width) in cells of each level; their areas add up to T.
+        padding: (B, T) bool, True where a token lies in the padding of its image.
+        valid_ratios: (B, levels, 2), share of each map's width and height that its image covers.
+    """
+
+    tokens: Tensor
+    shapes: list[Size]
+    padding: Tensor
+    valid_ratios: Tensor
+
+    def maps(self) -> list[Tensor]:
+        """(B, C, h, w) for each level."""
+        levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
+        return [
+            level.transpose(1, 2).unflatten(2, shape)
+            for level, shape in zip(levels, self.shapes, strict=True)
+        ]
+
+
+@dataclass
 class Positives:
     """What an auxiliary head's assignment found in one image (equation 1).
 

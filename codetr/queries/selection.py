@@ -1,0 +1,120 @@
+"""The one-to-one queries: learned, or selected among the encoder's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from codetr.config import DetectorConfig
+from codetr.structures import GroupPrediction, Memory, QueryGroup
+from codetr.transformer.decoder import box_branch, classification_branch
+from codetr.transformer.encoder import cell_centers
+from codetr.transformer.positions import encode_boxes
+
+QUERY = "query"
+"""Name of the group of one-to-one queries, the only one at inference."""
+
+
+@dataclass
+class Selection:
+    """The one-to-one queries and what the encoder itself proposed.
+
+    Attributes:
+        group: the queries; their targets are found by Hungarian matching.
+        proposals: the encoder's prediction at every token as one layer, logits (1, B, T, classes),
+            boxes (1, B, T, 4) normalised cxcywh; None in one-stage detectors.
+        tokens: (B, Q) which tokens became queries, best first; None in one-stage detectors.
+    """
+
+    group: QueryGroup
+    proposals: GroupPrediction | None = None
+    tokens: Tensor | None = None
+
+
+class LearnedQueries(nn.Module):
+    """One-stage queries: content, position and reference point are learned (Deformable DETR)."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        channels = config.transformer.embed_dim
+        self.position = nn.Embedding(config.queries.count, channels)
+        self.content = nn.Embedding(config.queries.count, channels)
+        self.reference_points = nn.Linear(channels, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: Memory) -> Selection:
+        batch = len(memory.tokens)
+        points = self.reference_points(self.position.weight).float().sigmoid()
+        # A width and height of one half have logit zero: the first layer's boxes are then what
+        # the box branch says alone.
+        reference = torch.cat((points, torch.full_like(points, 0.5)), dim=-1)
+        group = QueryGroup(
+            name=QUERY,
+            content=self.content.weight.expand(batch, -1, -1),
+            position=self.position.weight.expand(batch, -1, -1),
+            reference=reference.expand(batch, -1, -1),
+            points=True,
+        )
+        return Selection(group)
+
+
+class TwoStageQueries(nn.Module):
+    """Queries start from the encoder tokens most likely to hold an object (method.md 14-17).
+
+    Tokens are ranked by the logit of class 0, which the encoder's loss trains as "any object".
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config.queries
+        channels = config.transformer.embed_dim
+        self.project = nn.Linear(channels, channels)
+        self.project_norm = nn.LayerNorm(channels)
+        self.classify = classification_branch(channels, config.num_classes)
+        self.regress = box_branch(channels)
+        self.position = nn.Linear(2 * channels, 2 * channels)
+        self.position_norm = nn.LayerNorm(2 * channels)
+        for layer in (self.project, self.position):
+            nn.init.xavier_uniform_(layer.weight)
+        if self.config.mixed_selection:
+            self.content = nn.Embedding(self.config.count, channels)
+
+    def forward(self, memory: Memory) -> Selection:
+        logits, unactivated = self._propose(memory)
+        count = min(self.config.count, logits.shape[1])
+        tokens = logits[..., 0].topk(count, dim=1).indices
+        selected = unactivated.gather(1, tokens[..., None].expand(-1, -1, 4)).detach().sigmoid()
+        encoding = encode_boxes(selected, self.project.out_features // 2)
+        embedded = self.position_norm(self.position(encoding.to(memory.tokens.dtype)))
+        position, content = embedded.chunk(2, dim=-1)
+        if self.config.mixed_selection:
+            content = self.content.weight[:count].expand(len(tokens), -1, -1)
+        group = QueryGroup(QUERY, content=content, position=position, reference=selected)
+        proposals = GroupPrediction(logits[None], unactivated.sigmoid()[None])
+        return Selection(group, proposals, tokens)
+
+    def _propose(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Class logits (B, T, classes) and box logits (B, T, 4) of every token.
+
+        A token whose proposal is padding or touches the border keeps its place: its memory is
+        zeroed and its box logits are infinite (method.md 14).
+        """
+        proposal = token_proposals(memory)
+        valid = ((proposal > 0.01) & (proposal < 0.99)).all(-1, keepdim=True)
+        valid = valid & ~memory.padding[..., None]
+        anchors = torch.log(proposal / (1 - proposal)).masked_fill(~valid, torch.inf)
+        hidden = self.project_norm(self.project(memory.tokens.masked_fill(~valid, 0.0)))
+        return self.classify(hidden), self.regress(hidden).float() + anchors
+
+
+def token_proposals(memory: Memory) -> Tensor:
+    """(B, T, 4) normalised cxcywh: a square of 0.05 * 2**level around each token's cell."""
+    centers = cell_centers(memory)
+    sides = [
+        centers.new_full((height * width, 2), 0.05 * 2**level)
+        for level, (height, width) in enumerate(memory.shapes)
+    ]
+    return torch.cat((centers, torch.cat(sides).expand_as(centers)), dim=-1)
