@@ -1,0 +1,185 @@
+"""Images and objects of a COCO or LVIS annotation file, as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from codetr.data.annotations import Annotations, Classes, read_annotations
+from codetr.data.errors import DataError, Problem, refuse
+from codetr.data.images import absent_files, read_image
+from codetr.structures import Targets
+
+Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+def stable_seed(*parts: int | str) -> int:
+    """63 bits that depend on ``parts`` alone: not on the process, platform or Python's hash."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torchvision's transforms draw from torch's CPU generator: give them a seed of their own."""
+    state = torch.get_rng_state()
+    # torch.manual_seed would also reseed the GPU, which belongs to the model.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class CocoDataset(Dataset[tuple[Tensor, Targets]]):
+    """A split of a data set.
+
+    An item is an image as ``transform`` leaves it, and its :class:`Targets`, boxes in pixels of
+    that image. It is a function of ``seed``, epoch and image alone, whoever loads it.
+
+    Attributes:
+        annotations: the annotation file.
+        table: the annotations of the images that are used.
+        classes: names and ids, see :class:`Classes`.
+        skipped: how many images were left out because something is wrong with them.
+        fingerprint: stable hash of the annotation file and of the images used.
+    """
+
+    def __init__(
+        self,
+        annotations: Path,
+        images: Path,
+        transform: Transform | None = None,
+        *,
+        training: bool,
+        skip_bad: bool = False,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Open a split.
+
+        Args:
+            annotations: the annotation file.
+            images: the folder that its file names are relative to.
+            transform: from (image (3, H, W) uint8, {boxes, labels}) to the same.
+            training: crowd regions are no targets, and there must be objects.
+            skip_bad: leave out images with problems; every image is decoded once to find out.
+            limit: use only the first so many images.
+            seed: of the random transforms.
+
+        Raises:
+            DataError: names the first problem, or there is nothing to train on.
+        """
+        self.annotations = annotations
+        self.images = images
+        self.transform = transform
+        self.training = training
+        self.seed = seed
+        self.epoch = 0
+        table = read_annotations(annotations)
+        problems, bad = find_absent(table, images)
+        if not skip_bad:
+            refuse([*table.problems, *problems])
+        bad |= table.bad
+        usable = np.flatnonzero(~bad)
+        if skip_bad:
+            usable = usable[_readable(table.select(usable), images)]
+        self.skipped = len(table) - len(usable)
+        self.table = table.select(usable[:limit])
+        self._require_content()
+
+    @property
+    def classes(self) -> Classes:
+        return self.table.classes
+
+    @property
+    def is_lvis(self) -> bool:
+        return self.table.lvis is not None
+
+    @property
+    def fingerprint(self) -> str:
+        used = "\n".join(map(str, zip(self.table.image_ids, self.table.names, strict=True)))
+        return hashlib.sha256(f"{self.table.digest}\n{used}".encode()).hexdigest()[:16]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's random transforms."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Targets]:
+        table = self.table
+        height, width = map(int, table.sizes[index])
+        image_id = int(table.image_ids[index])
+        rows = table.of(index)
+        kept = ~table.crowd[rows]
+        pixels = read_image(self.images / str(table.names[index]), (height, width))
+        image = tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        objects = {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(table.clipped(rows, index)[kept]),
+                format="XYXY",
+                canvas_size=(height, width),
+            ),
+            "labels": torch.from_numpy(table.labels[rows][kept].astype(np.int64)),
+        }
+        if self.transform is not None:
+            with seeded(stable_seed("transform", self.seed, self.epoch, image_id)):
+                image, objects = self.transform(image, objects)
+        return image.as_subclass(Tensor), Targets(
+            boxes=objects["boxes"].as_subclass(Tensor),
+            labels=objects["labels"],
+            image_id=image_id,
+            original_size=(height, width),
+            seed=stable_seed("draws", self.seed, self.epoch, image_id),
+        )
+
+    def _require_content(self) -> None:
+        skipped = f" ({self.skipped} were left out as broken)" if self.skipped else ""
+        if not len(self):
+            raise DataError(f"{self.annotations}: has no usable image{skipped}")
+        if self.training and self.table.crowd.all():
+            raise DataError(
+                f"{self.annotations}: no object to learn from in {len(self)} images{skipped}; "
+                "'codetr data check' shows what is there"
+            )
+
+
+def find_absent(table: Annotations, images: Path) -> tuple[list[Problem], np.ndarray]:
+    """Problems of images that have no file, and (I,) True for each of them."""
+    absent = absent_files(images, table.names)
+    return [
+        Problem(
+            table.path,
+            f"no file {images / str(table.names[i])}; add it, or remove the image",
+            image_id=int(table.image_ids[i]),
+        )
+        for i in np.flatnonzero(absent)
+    ], absent
+
+
+def _readable(table: Annotations, images: Path) -> np.ndarray:
+    """(I,) True where an image can be decoded and has the size that the annotations say."""
+
+    def readable(name: str, size: list[int]) -> bool:
+        try:
+            read_image(images / name, (size[0], size[1]))
+        except DataError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        return np.array(
+            list(pool.map(readable, table.names.tolist(), table.sizes.tolist())), np.bool_
+        )

@@ -1,0 +1,98 @@
+"""From a configuration to a data set: where the splits of a folder are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from codetr.config import DataConfig
+from codetr.data.digits import cached_digits
+from codetr.data.errors import DataError
+
+if TYPE_CHECKING:
+    from codetr.data.coco import CocoDataset
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """Where one split lies on disk: its annotation file, and the folder of its images."""
+
+    annotations: Path
+    images: Path
+
+
+def find_split(directory: Path, split: Split) -> SplitFiles:
+    """Find ``annotations/instances_SPLIT*.json`` or ``lvis_*SPLIT*.json`` and the images.
+
+    The images of ``instances_train2017.json`` lie in ``train2017``, ``images/train2017`` or
+    ``train``. LVIS names the folder for each image: there it is the data set's own.
+
+    Raises:
+        DataError: says what was looked for, and what is there instead.
+    """
+    folder = directory / "annotations"
+    patterns = (f"instances_{split}*.json", f"lvis_*{split}*.json")
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if len(found) != 1:
+        present = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+        raise DataError(
+            f"{folder}: expected one file {' or '.join(patterns)}, found "
+            f"{', '.join(path.name for path in found) or f'none among: {present}'}"
+            if folder.is_dir()
+            else f"{directory}: has no folder 'annotations' with {' or '.join(patterns)} in it"
+        )
+    if found[0].name.startswith("lvis_"):
+        return SplitFiles(found[0], directory)
+    suffix = found[0].stem.removeprefix("instances_")
+    candidates = [
+        directory / name
+        for name in (suffix, f"images/{suffix}", split, f"images/{split}", "images")
+    ]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return SplitFiles(found[0], candidate)
+    names = ", ".join(str(c.relative_to(directory)) for c in dict.fromkeys(candidates))
+    there = ", ".join(sorted(p.name for p in directory.iterdir() if p.is_dir()))
+    raise DataError(
+        f"{directory}: no image folder for {found[0].name}: looked for {names}; folders there: {there}"
+    )
+
+
+def data_directory(config: DataConfig) -> Path:
+    """The folder of the configured data set; the embedded digits are made on first use.
+
+    Raises:
+        DataError: ``data.path`` is missing, or is no folder.
+    """
+    if config.dataset != "coco":
+        return cached_digits(lvis=config.dataset == "digits-lvis")
+    if config.path is None:
+        raise DataError("data.path is needed for data.dataset=coco: the folder with 'annotations'")
+    if not config.path.is_dir():
+        raise DataError(f"{config.path}: no such folder (data.path)")
+    return config.path
+
+
+def open_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> CocoDataset:
+    """The configured split with its transforms.
+
+    Raises:
+        DataError: something is missing or broken; the text names it.
+    """
+    from codetr.data.coco import CocoDataset
+    from codetr.data.transforms import build_transform
+
+    training = split == "train"
+    files = find_split(data_directory(config), split)
+    return CocoDataset(
+        files.annotations,
+        files.images,
+        build_transform(config, training=training),
+        training=training,
+        skip_bad=config.skip_bad,
+        limit=config.train_images if training else config.val_images,
+        seed=seed,
+    )
