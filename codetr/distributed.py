@@ -3,12 +3,21 @@ communicates."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_sum(values: Tensor) -> Tensor:
@@ -41,3 +50,37 @@ def normaliser(count: Tensor | float, device: torch.device | str | None = None) 
     """
     total = world_sum(torch.as_tensor(count, dtype=torch.float32, device=device))
     return total.clamp(min=1) / world_size()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's ``value``, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_on_rank_zero(value: T) -> list[T]:
+    """Every rank's ``value`` on rank 0, and nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    distributed.gather_object(value, values)
+    return values or []
+
+
+def from_rank_zero(function: Callable[[], T]) -> T:
+    """What ``function`` returns, or raises, on rank 0: on every rank, so that none waits for it."""
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
