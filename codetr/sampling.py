@@ -48,3 +48,24 @@ def forked_rng(name: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def sample_balanced(
+    assigned: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random positives and negatives of one image (method.md 41, 43).
+
+    Args:
+        assigned: (N,) number of an object (positive), -1 for background (negative), less for
+            neither; best on the CPU, where looking at it costs no synchronisation.
+        count: how many of both together; negatives fill what positives leave.
+        positive_fraction: at most this share of ``count`` are positives.
+
+    Returns:
+        Indices of positives and of negatives, both ascending; positives are drawn first.
+    """
+    positive = (assigned >= 0).nonzero().squeeze(1)
+    positive = random_subset(positive, int(count * positive_fraction), generator).sort().values
+    negative = (assigned == -1).nonzero().squeeze(1)
+    negative = random_subset(negative, count - len(positive), generator).sort().values
+    return positive, negative

@@ -1,0 +1,31 @@
+"""What every auxiliary head is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from codetr.structures import Detections, HeadOutput, Size, Targets
+
+
+class Head(nn.Module):
+    """A one-to-many detector on the memory pyramid: losses in training, detections alone.
+
+    ``pyramid`` is a list of (B, C, h, w) maps, finest first; ``sizes`` are the valid
+    (height, width) of the images in pixels. Boxes are xyxy in pixels of the network's input.
+    """
+
+    def forward(
+        self, pyramid: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[Targets]
+    ) -> HeadOutput:
+        """Unweighted losses, named as the configuration's ``loss_weights``, and the positives.
+
+        A loss that has nothing to count, in a batch without objects, is a zero that still depends
+        on its parameters: each gets a gradient on every step.
+        """
+        raise NotImplementedError
+
+    def detect(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+        """Detections of each image by this head alone, best first (table 11)."""
+        raise NotImplementedError

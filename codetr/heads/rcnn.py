@@ -1,0 +1,176 @@
+"""Second stage of Faster R-CNN: classify and refine proposals (method.md 43-45)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import clip_boxes_to_image, roi_align
+
+from codetr.boxes import areas, decode_deltas, pairwise_iou
+from codetr.config import RcnnConfig
+from codetr.distributed import normaliser
+from codetr.heads.dense import nms_by_class
+from codetr.losses import cross_entropy, giou_loss
+from codetr.matching.max_iou import match_max_iou
+from codetr.matching.objects import pad_objects
+from codetr.sampling import draw_generator, sample_balanced
+from codetr.structures import Detections, HeadOutput, Positives, Size, Targets
+
+STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+@dataclass
+class RoiSamples:
+    """The regions of one image that the second stage is trained on.
+
+    Attributes:
+        boxes: (S, 4) xyxy pixels; the P positives first.
+        labels: (P,) class of each positive's object.
+        targets: (P, 4) that object's box.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+class Rcnn(nn.Module):
+    """Two fully connected layers on each region's RoIAlign feature."""
+
+    def __init__(
+        self, config: RcnnConfig, channels: int, num_classes: int, strides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.config, self.num_classes, self.strides = config, num_classes, tuple(strides)
+        self.fc1 = nn.Linear(channels * config.roi_size**2, config.fc_dim)
+        self.fc2 = nn.Linear(config.fc_dim, config.fc_dim)
+        self.cls = nn.Linear(config.fc_dim, num_classes + 1)
+        self.reg = nn.Linear(config.fc_dim, num_classes * 4)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.cls.weight, std=0.01)
+        nn.init.normal_(self.reg.weight, std=0.001)
+        for layer in (self.fc1, self.fc2, self.cls, self.reg):
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
+    ) -> HeadOutput:
+        """Losses ``rcnn_cls`` and ``rcnn_giou`` on sampled proposals, and which were positive."""
+        samples = self.sample(proposals, targets)
+        features = self.roi_features(pyramid, [s.boxes for s in samples])
+        logits, deltas = self.predict(features)
+        means = features.mean((2, 3)).split([len(s.boxes) for s in samples])
+        positives = [_positives(s, of_image) for s, of_image in zip(samples, means, strict=True)]
+        return HeadOutput(self._losses(logits, deltas, samples), positives)
+
+    @torch.no_grad()
+    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Targets]) -> list[RoiSamples]:
+        """A random sample of each image's objects and proposals (n, 4), objects in front."""
+        objects, _ = pad_objects(targets)
+        overlaps = pairwise_iou(objects, pad_sequence(list(proposals), batch_first=True))
+        assigned = match_max_iou(overlaps, positive=0.5, negative=0.5).cpu()
+        samples = []
+        for of_image, boxes, t in zip(assigned, proposals, targets, strict=True):
+            numbers = torch.cat((torch.arange(len(t)), of_image[: len(boxes)]))
+            positive, negative = sample_balanced(
+                numbers,
+                self.config.samples,
+                self.config.positive_fraction,
+                draw_generator(t, "rcnn"),
+            )
+            chosen = torch.cat((positive, negative)).to(boxes.device)
+            matched = numbers[positive].to(boxes.device)
+            candidates = torch.cat((t.boxes, boxes))
+            samples.append(RoiSamples(candidates[chosen], t.labels[matched], t.boxes[matched]))
+        return samples
+
+    def roi_features(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """(R, C, s, s) features of the regions of all images, each from the level of its size.
+
+        Args:
+            pyramid: (B, C, h, w) maps of ``strides``.
+            boxes: (n, 4) xyxy pixels of each image.
+        """
+        image = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+        regions = torch.cat((image, torch.cat(list(boxes))), dim=1)
+        side = areas(regions[:, 1:]).sqrt()
+        level = (side / self.config.finest_scale + 1e-6).log2().floor()
+        level = level.clamp(0, len(self.strides) - 1)
+        size = self.config.roi_size
+        features, order = [], []
+        for i, (feature, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
+            index = (level == i).nonzero().squeeze(1)
+            order.append(index)
+            features.append(
+                roi_align(feature.float(), regions[index], size, 1 / stride, -1, aligned=True)
+            )
+        return torch.cat(features)[torch.cat(order).argsort()]
+
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, classes + 1), background last, and deltas (R, classes, 4)."""
+        hidden = self.fc2(self.fc1(features.flatten(1)).relu()).relu()
+        deltas = self.reg(hidden).float().unflatten(1, (self.num_classes, 4))
+        return self.cls(hidden).float(), deltas
+
+    def _losses(
+        self, logits: Tensor, deltas: Tensor, samples: Sequence[RoiSamples]
+    ) -> dict[str, Tensor]:
+        starts = torch.tensor([0, *(len(s.boxes) for s in samples)]).cumsum(0).tolist()
+        positive = torch.cat(
+            [
+                torch.arange(start, start + len(s.labels), device=logits.device)
+                for start, s in zip(starts, samples, strict=False)
+            ]
+        )
+        positive_labels = torch.cat([s.labels for s in samples])
+        boxes = torch.cat([s.boxes for s in samples])
+        labels = positive_labels.new_full((len(boxes),), self.num_classes)
+        labels[positive] = positive_labels
+        refined = decode_deltas(boxes[positive], deltas[positive, positive_labels], STDS)
+        count = normaliser(len(boxes), logits.device)
+        return {
+            "rcnn_cls": cross_entropy(logits, labels) / count,
+            "rcnn_giou": giou_loss(refined, torch.cat([s.targets for s in samples])) / count,
+        }
+
+    @torch.no_grad()
+    def detect(
+        self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> list[Detections]:
+        """Detections from proposals (n, 4) of each image (method.md 59)."""
+        logits, deltas = self.predict(self.roi_features(pyramid, proposals))
+        scores = logits.softmax(-1)[:, :-1]
+        boxes = decode_deltas(torch.cat(list(proposals))[:, None], deltas, STDS)
+        counts = [len(p) for p in proposals]
+        detections = []
+        for s, b, size in zip(scores.split(counts), boxes.split(counts), sizes, strict=True):
+            row, label = (s > self.config.test_score).nonzero(as_tuple=True)
+            clipped = clip_boxes_to_image(b[row, label], size)
+            detections.append(
+                nms_by_class(
+                    clipped,
+                    s[row, label],
+                    label,
+                    iou=self.config.test_nms,
+                    keep=self.config.test_keep,
+                )
+            )
+        return detections
+
+
+def _positives(samples: RoiSamples, features: Tensor) -> Positives:
+    index = torch.arange(len(samples.boxes), device=samples.boxes.device)
+    count = len(samples.labels)
+    return Positives(
+        boxes=samples.boxes,
+        features=features,
+        positive=index[:count],
+        negative=index[count:],
+        labels=samples.labels,
+        targets=samples.targets,
+    )

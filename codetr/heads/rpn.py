@@ -1,0 +1,135 @@
+"""Region proposal network (method.md 40-42)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from codetr.boxes import decode_deltas, encode_deltas, pairwise_iou
+from codetr.config import RpnConfig
+from codetr.distributed import normaliser
+from codetr.heads.anchors import Anchors, anchors_for
+from codetr.heads.dense import flatten_maps, init_convs, top_per_level
+from codetr.losses import binary_cross_entropy, l1_loss
+from codetr.matching.max_iou import match_max_iou
+from codetr.matching.objects import pad_objects
+from codetr.sampling import draw_generator, sample_balanced
+from codetr.structures import Size, Targets
+
+
+@dataclass
+class RpnPrediction:
+    """What the network says at each of the N anchors.
+
+    Attributes:
+        anchors: of every shape on every cell.
+        logits: (B, N) whether there is an object.
+        deltas: (B, N, 4) from anchor to object.
+    """
+
+    anchors: Anchors
+    logits: Tensor
+    deltas: Tensor
+
+
+class Rpn(nn.Module):
+    """Class-agnostic proposals on all levels (Faster R-CNN, section 3.1)."""
+
+    def __init__(self, config: RpnConfig, channels: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.config, self.strides = config, tuple(strides)
+        octaves = config.anchor_scales_per_octave
+        self.scales = [config.octave_base_scale * 2 ** (i / octaves) for i in range(octaves)]
+        shapes = octaves * len(config.ratios)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls = nn.Conv2d(channels, shapes, 1)
+        self.reg = nn.Conv2d(channels, shapes * 4, 1)
+        init_convs(self)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> RpnPrediction:
+        hidden = [self.conv(level).relu() for level in pyramid]
+        return RpnPrediction(
+            anchors_for(pyramid, self.strides, self.scales, self.config.ratios),
+            flatten_maps([self.cls(h) for h in hidden], 1).squeeze(-1).float(),
+            flatten_maps([self.reg(h) for h in hidden], 4).float(),
+        )
+
+    def losses(
+        self, prediction: RpnPrediction, sizes: Sequence[Size], targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        """``rpn_cls`` and ``rpn_l1`` on a random sample of each image's anchors, both divided by
+        the number of samples, of which every image counts at least one positive."""
+        anchors = prediction.anchors
+        assigned = self.assign(anchors, sizes, targets)
+        samples = self.sample(assigned, targets)
+        image = torch.cat([torch.full_like(p, i) for i, (p, _) in enumerate(samples)])
+        anchor = torch.cat([positive for positive, _ in samples])
+        offsets = range(0, assigned.numel(), len(anchors.boxes))
+        background = torch.cat([n + start for start, (_, n) in zip(offsets, samples, strict=True)])
+        image, anchor, background = (i.to(assigned.device) for i in (image, anchor, background))
+
+        objects, _ = pad_objects(targets)
+        boxes = objects[image, assigned[image, anchor]]
+        deltas = encode_deltas(anchors.boxes[anchor], boxes)
+        logits = torch.cat(
+            (prediction.logits[image, anchor], prediction.logits.flatten()[background])
+        )
+        labels = torch.zeros_like(logits)
+        labels[: len(anchor)] = 1
+        count = normaliser(sum(max(len(p), 1) + max(len(n), 1) for p, n in samples), logits.device)
+        return {
+            "rpn_cls": binary_cross_entropy(logits, labels) / count,
+            "rpn_l1": l1_loss(prediction.deltas[image, anchor], deltas) / count,
+        }
+
+    @torch.no_grad()
+    def assign(self, anchors: Anchors, sizes: Sequence[Size], targets: Sequence[Targets]) -> Tensor:
+        """(B, N) the object of each anchor, ``BACKGROUND`` or ``IGNORED``."""
+        objects, _ = pad_objects(targets)
+        overlaps = pairwise_iou(objects, anchors.boxes)
+        overlaps = overlaps.masked_fill(~anchors.valid(sizes)[:, None], -1.0)
+        return match_max_iou(overlaps, positive=0.7, negative=0.3, low_quality=0.3)
+
+    def sample(self, assigned: Tensor, targets: Sequence[Targets]) -> list[tuple[Tensor, Tensor]]:
+        """Sampled positives and negatives of each image, ascending, on the CPU."""
+        return [
+            sample_balanced(
+                of_image,
+                self.config.samples,
+                self.config.positive_fraction,
+                draw_generator(objects, "rpn"),
+            )
+            for of_image, objects in zip(assigned.cpu(), targets, strict=True)
+        ]
+
+    @torch.no_grad()
+    def propose(
+        self, prediction: RpnPrediction, sizes: Sequence[Size], per_level: int
+    ) -> list[Tensor]:
+        """The best boxes of each image, (n, 4) xyxy pixels, without gradient.
+
+        Args:
+            prediction: of this network.
+            sizes: valid (height, width), to which boxes are clipped; a box that lies in the
+                padding is empty then, and dropped.
+            per_level: at most this many of each level enter non-maximum suppression.
+        """
+        anchors = prediction.anchors
+        scores = prediction.logits.sigmoid()
+        index = top_per_level(scores, anchors.counts, per_level)
+        scores = scores.gather(1, index)
+        deltas = prediction.deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = decode_deltas(anchors.boxes[index], deltas)
+        levels = anchors.levels[index]
+        proposals = []
+        for image, size in enumerate(sizes):
+            clipped = clip_boxes_to_image(boxes[image], size)
+            some = (clipped[:, 2:] > clipped[:, :2]).all(1)
+            clipped = clipped[some]
+            kept = batched_nms(clipped, scores[image, some], levels[image, some], self.config.nms)
+            proposals.append(clipped[kept[: self.config.keep]])
+        return proposals
