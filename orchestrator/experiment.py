@@ -1,0 +1,165 @@
+"""An experiment is data: a YAML file with a question, arms and profiles, read into typed models.
+
+A setting is looked up in four layers, the later ones winning: the experiment's own, its profile's,
+the arm's, and ``--set``. What differs between the arms is what the experiment asks about.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from codetr.config import ConfigError, Strict, nearest, parse, read_yaml
+from orchestrator.share import share
+
+ProfileName = Literal["laptop", "paper"]
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+
+
+class Layer(Strict):
+    """Some settings of detector, training and data; what is absent comes from the layer below."""
+
+    detector: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        return {"detector": self.detector, "training": self.training, "data": self.data}
+
+
+class Resources(Strict):
+    """What one trial takes, and how many run at a time."""
+
+    workers: PositiveInt = 1
+    """Ray Train workers of one trial; they share its global batch."""
+    cpus_per_worker: PositiveInt = 1
+    """Also the worker's number of threads."""
+    gpus_per_worker: NonNegativeFloat = 0
+    concurrency: PositiveInt | None = None
+    """Trials at a time; None: as many as fit."""
+
+
+class PaperRows(Strict):
+    """Where the paper's numbers for this experiment stand in ``orchestrator/paper.yaml``."""
+
+    table: str
+    column: str = "ap"
+    """Column with the AP, or with a list that starts with it."""
+    row: dict[str, Any] = {}
+    """What every row of this experiment has in common."""
+
+
+class Arm(Layer):
+    """One of the things compared."""
+
+    paper: dict[str, Any] | None = None
+    """Tells the paper's row for this arm from the others; absent: the paper has none."""
+
+
+class Profile(Layer):
+    """One size of the experiment."""
+
+    about: str
+    resources: Resources = Resources()
+    seeds: Seeds | None = None
+    arms: tuple[str, ...] | None = None
+    """The arms that run in this profile; None: all."""
+
+
+class Experiment(Layer):
+    """What can be run by name."""
+
+    name: str
+    file: Path
+    """Where it was read; named by error messages."""
+    question: str
+    paper: PaperRows | None = None
+    seeds: Seeds = (0,)
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    profiles: Annotated[dict[ProfileName, Profile], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> Self:
+        for name, profile in self.profiles.items():
+            for arm in profile.arms or ():
+                if arm not in self.arms:
+                    raise ValueError(
+                        f"profiles.{name}.arms: no arm '{arm}'; {nearest(arm, [*self.arms])}"
+                    )
+        for name, arm in self.arms.items():
+            if arm.paper is not None and self.paper is None:
+                raise ValueError(f"arms.{name}.paper needs the experiment's own 'paper: table: …'")
+        return self
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, key by key in nested mappings; lists are replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        beneath = merged.get(key)
+        both = isinstance(beneath, dict) and isinstance(value, dict)
+        merged[key] = merge(beneath, value) if both else value
+    return merged
+
+
+# ------------------------------------------------------------------------------------ finding them
+
+
+def experiment_files() -> dict[str, Path]:
+    """Every experiment by name: the user's ``./experiments/*.yaml`` hide the shipped ones."""
+    folders = (share("experiments"), Path("experiments"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of that name, or in that YAML file.
+
+    Raises:
+        ConfigError: no such experiment (the text names the nearest), or a file that is not valid.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        files = experiment_files()
+        if name not in files:
+            raise ConfigError(f"no experiment '{name}'; {nearest(name, [*files])}")
+        path = files[name]
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: an experiment is a mapping with 'question', 'arms', 'profiles'")
+    return parse(Experiment, {"name": path.stem, **content, "file": path}, str(path))
+
+
+# --------------------------------------------------------------------------------------- the paper
+
+
+@cache
+def paper_tables() -> dict[str, Any]:
+    """Every number of the paper, by table."""
+    tables: dict[str, Any] = read_yaml(Path(__file__).with_name("paper.yaml"))
+    return tables
+
+
+def paper_ap(experiment: Experiment, arm: str) -> float | None:
+    """AP in percent that the paper reports for ``arm``; None where it has no such row.
+
+    Raises:
+        ConfigError: the experiment names a table, row or column which the paper does not have.
+    """
+    where, row = experiment.paper, experiment.arms[arm].paper
+    if where is None or row is None:
+        return None
+    source = f"{experiment.file}: arms.{arm}.paper"
+    tables = paper_tables()
+    if where.table not in tables:
+        raise ConfigError(f"{source}: no table '{where.table}'; {nearest(where.table, [*tables])}")
+    wanted = {**where.row, **row}
+    rows = [r for r in tables[where.table] if wanted.items() <= r.items()]
+    if len(rows) != 1 or where.column not in rows[0]:
+        raise ConfigError(f"{source}: {len(rows)} rows of {where.table} have {wanted}, not one")
+    value = rows[0][where.column]
+    return float(value[0] if isinstance(value, list) else value)
+

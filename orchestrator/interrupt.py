@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM: the first ends the run in order, the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+import psutil
+
+
+class Interrupted(BaseException):
+    """Someone asked to stop; like KeyboardInterrupt it is not an Exception."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+class Interrupts:
+    """While entered, the first signal raises :class:`Interrupted` in the main thread.
+
+    A second one kills every process that this one has started, and then this one.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._shielded = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """What must not be torn apart: a first signal is raised at its end."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            end_processes(descendants(), patience=0)
+            os._exit(128 + signum)
+        self.received = signum
+        # Not print: the signal may have come in the middle of one.
+        os.write(sys.stderr.fileno(), b"\nStopping; once more to force.\n")
+        if not self._shielded:
+            raise Interrupted(signum)
+
+
+def descendants() -> list[psutil.Process]:
+    """Every process that this one has started, and theirs."""
+    return psutil.Process().children(recursive=True)
+
+
+def end_processes(processes: list[psutil.Process], patience: float) -> None:
+    """Wait for them to end by themselves; kill what is left after ``patience`` seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=patience)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=5)

@@ -1,0 +1,328 @@
+"""What is going to run: every trial with its configuration, costs nothing and can be printed.
+
+Nothing here imports torch, Ray or MLflow, so a plan is there within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeInt
+
+from codetr.config import (
+    ConfigError,
+    DataConfig,
+    DetectorConfig,
+    Strict,
+    TrainingConfig,
+    nearest,
+    parse,
+)
+from orchestrator.experiment import Experiment, Layer, Profile, ProfileName, Resources, merge, paper_ap
+from orchestrator.facts import DataFacts, data_facts
+from orchestrator.settings import parse_settings
+
+IDENTITY_VERSION = 1
+"""Part of every trial's identity; to be raised when the same configuration trains differently."""
+
+_WITHOUT_EFFECT = {
+    "training": {"loader_workers"},
+    "data": {"path", "engine"},
+}
+"""Settings that do not change what is learned; the data set is known by its fingerprint."""
+
+
+class Trial(Strict):
+    """One arm with one seed: what one Ray Train job trains."""
+
+    arm: str
+    seed: NonNegativeInt
+    detector: DetectorConfig
+    training: TrainingConfig
+    data: DataConfig
+    facts: DataFacts
+    paper_ap: float | None = None
+    """In percent, what the paper reports for this arm."""
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of everything that decides what is learned: the trial's identity in all runs."""
+        identity = {
+            "version": IDENTITY_VERSION,
+            "seed": self.seed,
+            "fingerprint": self.facts.fingerprint,
+            "detector": self.detector.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT["training"]),
+            "data": self.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT["data"]),
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Readable, unique, fit for a file name: ``k-1-atss.seed0.3f2a91c07b``."""
+        return f"{slug(self.arm)}.seed{self.seed}.{self.id}"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last, incomplete batch is left out."""
+        return self.facts.train_images // self.training.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.training.epochs
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to an experiment; None leaves the decision to the experiment."""
+
+    profile: ProfileName | None = None
+    data: str | None = None
+    seeds: tuple[int, ...] | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    concurrency: int | None = None
+    settings: tuple[str, ...] = ()
+    skip_bad: bool = False
+    name: str | None = None
+    output: Path = Path("runs")
+    tracking_uri: str | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every trial of one invocation, and where and with what it runs.
+
+    Attributes:
+        name: names the folder below ``output`` and the MLflow experiment.
+        why: one line that says which profile was chosen and how to choose another.
+        output: absolute.
+        address: of the Ray cluster; None: one is started on this machine.
+    """
+
+    name: str
+    experiment: Experiment
+    profile: ProfileName
+    why: str
+    resources: Resources
+    trials: tuple[Trial, ...]
+    output: Path
+    tracking_uri: str
+    address: str | None = None
+    options: Options = field(default_factory=Options)
+
+    @property
+    def folder(self) -> Path:
+        """Where this experiment's tables, pictures and trials lie."""
+        return self.output / self.name
+
+    @property
+    def store(self) -> Path:
+        """Where Ray Train keeps the trials' checkpoints, one folder for each trial."""
+        return self.folder / "trials"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(trial.arm for trial in self.trials))
+
+    @property
+    def cpus_per_trial(self) -> int:
+        return self.resources.workers * self.resources.cpus_per_worker
+
+    @property
+    def gpus_per_trial(self) -> float:
+        return self.resources.workers * self.resources.gpus_per_worker
+
+
+def make_plan(experiment: Experiment, options: Options) -> Plan:
+    """Everything that ``options`` make of ``experiment``, validated; nothing is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or the machine cannot run the plan.
+        DataError: the data set cannot be read.
+    """
+    profile_name, why = choose_profile(experiment, options)
+    profile = experiment.profiles[profile_name]
+    resources = _resources(profile, options)
+    settings = parse_settings(list(options.settings))
+    trials = tuple(
+        trial
+        for arm in profile.arms or tuple(experiment.arms)
+        for trial in _trials(experiment, profile_name, arm, settings, options)
+    )
+    _require_different(trials)
+    output = options.output.expanduser().absolute()
+    return Plan(
+        name=_name(options.name or experiment.name),
+        experiment=experiment,
+        profile=profile_name,
+        why=why,
+        resources=resources,
+        trials=trials,
+        output=output,
+        tracking_uri=options.tracking_uri or f"sqlite:///{output / 'mlflow.db'}",
+        address=options.address,
+        options=options,
+    )
+
+
+def choose_profile(experiment: Experiment, options: Options) -> tuple[ProfileName, str]:
+    """The profile, and one line that says why and how to choose another."""
+    gpus = local_gpus()
+    found = "no GPU found" if not gpus else f"{gpus} GPU{'s' * (gpus > 1)} found"
+    if options.profile is not None:
+        name, reason = options.profile, "as asked"
+    elif len(experiment.profiles) == 1:
+        name, reason = next(iter(experiment.profiles)), "the only one of this experiment"
+    elif gpus and options.data is not None:
+        name, reason = "paper", f"{found}, --data given"
+    else:
+        name, reason = "laptop", f"{found}{', no --data' if gpus else ''}"
+    if name not in experiment.profiles:
+        raise ConfigError(f"{experiment.name} has no profile '{name}'; {nearest(name, [*experiment.profiles])}")
+    others = [other for other in experiment.profiles if other != name]
+    choose = f"; choose with --profile {'|'.join(others)}" if others else ""
+    return name, f"Profile {name} ({reason}): {experiment.profiles[name].about}{choose}"
+
+
+def _trials(
+    experiment: Experiment, profile_name: ProfileName, arm: str, settings: Layer, options: Options
+) -> list[Trial]:
+    profile = experiment.profiles[profile_name]
+    detector, training, data = _configure(
+        (f"{experiment.file} ({profile_name}, {arm})", (experiment, profile, experiment.arms[arm])),
+        ("--data", (Layer(data=_data_option(options)),)),
+        ("--set", (settings,)),
+    )
+    facts = data_facts(data)
+    detector = _with_classes(detector, facts)
+    if facts.train_images < training.batch_size:
+        raise ConfigError(
+            f"{facts.train_images} training images do not fill one batch: set "
+            f"training.batch_size to at most that (now {training.batch_size})"
+        )
+    workers = options.workers or profile.resources.workers
+    if training.batch_size % workers:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size} cannot be shared evenly by "
+            f"{workers} workers: change --workers or --set batch_size="
+        )
+    return [
+        Trial(
+            arm=arm,
+            seed=seed,
+            detector=detector,
+            training=training,
+            data=data,
+            facts=facts,
+            paper_ap=paper_ap(experiment, arm),
+        )
+        for seed in options.seeds or profile.seeds or experiment.seeds
+    ]
+
+
+def _configure(
+    *sources: tuple[str, tuple[Layer, ...]],
+) -> tuple[DetectorConfig, TrainingConfig, DataConfig]:
+    """Lay all layers over one another; an error names the source that brought it."""
+    merged = Layer().settings
+    for source, layers in sources:
+        for layer in layers:
+            merged = merge(merged, layer.settings)
+        detector = parse(DetectorConfig, merged["detector"], f"{source}: detector")
+        training = parse(TrainingConfig, merged["training"], f"{source}: training")
+        data = parse(DataConfig, merged["data"], f"{source}: data")
+    return detector, training, data
+
+
+def _with_classes(detector: DetectorConfig, facts: DataFacts) -> DetectorConfig:
+    """The number of classes comes from the data, never from two places."""
+    if "num_classes" in detector.model_fields_set and detector.num_classes != facts.classes:
+        raise ConfigError(
+            f"detector.num_classes={detector.num_classes}, but the data has {facts.classes} "
+            "classes: leave num_classes out, it is taken from the data"
+        )
+    return detector.model_copy(update={"num_classes": facts.classes})
+
+
+def _data_option(options: Options) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    if options.data in ("digits", "digits-lvis"):
+        chosen = {"dataset": options.data, "path": None}
+    elif options.data is not None:
+        chosen = {"dataset": "coco", "path": Path(options.data).expanduser().absolute()}
+    return {**chosen, "skip_bad": True} if options.skip_bad else chosen
+
+
+def _resources(profile: Profile, options: Options) -> Resources:
+    given = {
+        "workers": options.workers,
+        "gpus_per_worker": options.gpus_per_worker,
+        "concurrency": options.concurrency,
+    }
+    changed = {key: value for key, value in given.items() if value is not None}
+    resources = parse(Resources, {**profile.resources.model_dump(), **changed}, "resources")
+    if options.address is None:
+        _require_local(resources)
+    return resources
+
+
+def _require_local(resources: Resources) -> None:
+    """Refuse what this machine can never run, before anything is started."""
+    for what, wanted, there in (
+        ("CPU", resources.workers * resources.cpus_per_worker, local_cpus()),
+        ("GPU", resources.workers * resources.gpus_per_worker, local_gpus()),
+    ):
+        if wanted > there:
+            raise ConfigError(
+                f"one trial needs {wanted:g} {what}s ({resources.workers} workers), this machine "
+                f"has {there}: use fewer --workers, --gpus-per-worker, or a cluster by --address"
+            )
+
+
+def _require_different(trials: tuple[Trial, ...]) -> None:
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        twin = first.setdefault(trial.id, trial)
+        if twin is not trial:
+            raise ConfigError(
+                f"arms '{twin.arm}' and '{trial.arm}' (seeds {twin.seed} and {trial.seed}) are the "
+                "same trial: a --set overrides what tells them apart, or a seed is given twice"
+            )
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
+    return name
+
+
+def slug(text: str) -> str:
+    """``K = 1 (ATSS)`` -> ``k-1-atss``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ------------------------------------------------------------------------------------ this machine
+
+
+def local_cpus() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine that this process may use, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [d for d in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)]
+    if visible is None:
+        return len(devices)
+    return min(len(devices), len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))

@@ -1,0 +1,77 @@
+"""``--set key=value``: one setting by its dotted name, or by any unambiguous end of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from codetr.config import ConfigError, DataConfig, DetectorConfig, TrainingConfig, nearest
+from orchestrator.experiment import Layer
+
+_ROOTS: dict[str, type[BaseModel]] = {
+    "detector": DetectorConfig,
+    "training": TrainingConfig,
+    "data": DataConfig,
+}
+
+
+@cache
+def setting_keys() -> tuple[str, ...]:
+    """Every key that ``--set`` knows: ``detector.lambda_1``, ``training.epochs``, ..."""
+    return tuple(key for root, model in _ROOTS.items() for key in _keys(model, root))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += _keys(inner, f"{prefix}.{name}")
+        else:
+            keys.append(f"{prefix}.{name}")
+    return keys
+
+
+def full_key(key: str) -> str:
+    """``lambda_1`` -> ``detector.lambda_1``.
+
+    Raises:
+        ConfigError: no setting ends so, or several do.
+    """
+    keys = setting_keys()
+    fits = [k for k in keys if k == key or k.endswith(f".{key}")]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ConfigError(f"--set {key}: which one: {', '.join(fits)}?")
+    leaves = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
+    hint = f"did you mean {' or '.join(leaves)}?" if leaves else nearest(key, [*keys])
+    if hint.startswith("valid:"):
+        hint = "docs/experiments.md lists the settings"
+    raise ConfigError(f"--set {key}: no such setting; {hint}")
+
+
+def parse_settings(assignments: list[str]) -> Layer:
+    """The layer of settings that ``--set`` options give; values are YAML: ``1e-4``, ``[atss]``.
+
+    Raises:
+        ConfigError: not ``key=value``, an unknown or ambiguous key, or a value that is not YAML.
+    """
+    layer: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment}: write key=value, for example lambda_1=0.5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
+        *folders, leaf = full_key(key.strip()).split(".")
+        place = layer
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = value
+    return Layer.model_validate(layer)
