@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,14 +186,16 @@ def read_annotations(path: Path) -> Annotations:
     owner = _positions(image_ids, rows["image_id"], by_id)
     category_ids = np.array(classes.category_ids, np.int64)
     label = _positions(category_ids, rows["category_id"], np.arange(len(category_ids)))
-    wrong = _wrong_annotations(path, rows, owner, label, sizes, problems)
-    bad_ids.update(rows["image_id"][wrong].tolist())
+    wrong = _wrong_annotations(rows, owner, label, sizes)
+    for row, what in wrong.items():
+        image_id, annotation_id = int(rows["image_id"][row]), int(rows["id"][row])
+        problems.append(Problem(path, what, image_id, annotation_id))
+        bad_ids.add(image_id)
 
     # Stable: annotations of one image keep the file's order.
-    order = np.flatnonzero(~wrong)
+    order = np.delete(np.arange(len(rows)), list(wrong))
     order = order[np.argsort(owner[order], kind="stable")]
     counts = np.bincount(owner[order], minlength=len(image_ids))
-    lvis = [row[3] for row in image_rows if row[3] is not None]
     return Annotations(
         path=path,
         digest=digest,
@@ -207,7 +209,7 @@ def read_annotations(path: Path) -> Annotations:
         boxes=rows["box"][order],
         areas=rows["area"][order],
         crowd=rows["crowd"][order],
-        lvis=LvisImages(*zip(*lvis, strict=True)) if classes.frequency and lvis else None,
+        lvis=_lvis(classes, image_rows),
         bad=np.isin(image_ids, list(bad_ids)),
         problems=tuple(problems),
     )
@@ -267,24 +269,36 @@ def _integer(entry: Entry, key: str) -> int:
     return value
 
 
-_ImageRow = tuple[int, str, tuple[int, int], "tuple[tuple[int, ...], tuple[int, ...]] | None"]
+_Federated = tuple[tuple[int, ...], tuple[int, ...]]
+_ImageRow = tuple[int, str, tuple[int, int], _Federated | None]
+"""Id, file name, (height, width), LVIS's (negative, not exhaustive) category ids."""
 
 
 def _image_row(entry: Entry) -> _ImageRow:
     height, width = _integer(entry, "height"), _integer(entry, "width")
     if height < 1 or width < 1:
-        raise ValueError(f"'width' × 'height' is {width}×{height}; write the file's true size")
+        raise ValueError(f"'width' and 'height' are {width} and {height}; write the file's size")
     name = entry.get("file_name")
     if name is None:  # LVIS: http://images.cocodataset.org/train2017/000000391895.jpg
-        name = "/".join(entry["coco_url"].split("/")[-2:])
+        name = "/".join(entry["coco_url" if "coco_url" in entry else "file_name"].split("/")[-2:])
     if not isinstance(name, str) or not name:
         raise ValueError(f"'file_name' is {name!r} and must be a text")
-    negative, not_exhaustive = (
-        entry.get("neg_category_ids"),
-        entry.get("not_exhaustive_category_ids"),
-    )
-    lvis = None if negative is None else (tuple(negative), tuple(not_exhaustive or ()))
-    return _integer(entry, "id"), name, (height, width), lvis
+    federated = None
+    if "neg_category_ids" in entry:
+        federated = (
+            tuple(map(int, entry["neg_category_ids"])),
+            tuple(map(int, entry.get("not_exhaustive_category_ids", ()))),
+        )
+    return _integer(entry, "id"), name, (height, width), federated
+
+
+def _lvis(classes: Classes, rows: list[_ImageRow]) -> LvisImages | None:
+    """An LVIS file tells each class's frequency, and what is known to be absent from images."""
+    federated = [row[3] for row in rows]
+    if classes.frequency is None or not any(federated):
+        return None
+    pairs = [pair or ((), ()) for pair in federated]
+    return LvisImages(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
 
 def _image_rows(
@@ -369,44 +383,42 @@ def _clipped(boxes: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np
 
 
 def _wrong_annotations(
-    path: Path,
     rows: NDArray[Any],
     owner: NDArray[np.int64],
     label: NDArray[np.int64],
     sizes: NDArray[np.int32],
-    problems: list[Problem],
-) -> NDArray[np.bool_]:
-    """(A,) True for annotations that cannot be used; adds one problem for each."""
-    boxes = rows["box"]
-    size = sizes[owner] if len(sizes) else np.zeros((len(rows), 2), np.int32)
+) -> dict[int, str]:
+    """Rows that cannot be used, and what is wrong with each."""
+    boxes, areas = rows["box"], rows["area"]
+    # Row -1 of no use: an annotation without image has its own test, which comes first.
+    size = np.concatenate([sizes, np.ones((1, 2), np.int32)])[owner]
     corners = _clipped(np.nan_to_num(boxes), size)
     _, first = np.unique(rows["id"], return_index=True)
     repeated = np.ones(len(rows), np.bool_)
     repeated[first] = False
-
-    def box(i: int) -> str:
-        return f"box [x, y, width, height] = {boxes[i].tolist()}"
-
-    tests: Iterable[tuple[NDArray[np.bool_], Callable[[int], str]]] = (
-        (owner < 0, lambda i: "no such image in 'images'; add it or remove the annotation"),
-        (label < 0, lambda i: f"unknown category id {rows['category_id'][i]}; add it to 'categories'"),
-        (repeated, lambda i: "another annotation has this id; give each its own"),
-        (~np.isfinite(boxes).all(1), lambda i: f"{box(i)} is not finite; correct it"),
-        ((boxes[:, 2:] <= 0).any(1), lambda i: f"{box(i)} has no area; correct or remove it"),
+    tests: list[tuple[NDArray[np.bool_], str]] = [
+        (owner < 0, "'images' has no such image; add it, or remove the annotation"),
+        (label < 0, "unknown category id {category}; add it to 'categories'"),
+        (repeated, "another annotation has this id; give each its own"),
+        (~np.isfinite(boxes).all(1), "{box} is not finite; correct it"),
+        (np.any(boxes[:, 2:] <= 0, axis=1), "{box} has no area; correct or remove it"),
         (
-            (corners[:, 2:] <= corners[:, :2]).any(1),
-            lambda i: f"{box(i)} lies outside its image of {size[i, 1]}×{size[i, 0]} pixels; "
-            "correct or remove it",
+            np.any(corners[:, 2:] <= corners[:, :2], axis=1),
+            "{box} lies outside its image of {width}×{height} pixels; correct or remove it",
         ),
-        (
-            ~(np.isfinite(rows["area"]) & (rows["area"] >= 0)),
-            lambda i: f"area {rows['area'][i]} is no area; correct or remove it",
-        ),
-    )  # fmt: skip
-    wrong = np.zeros(len(rows), np.bool_)
+        (~(np.isfinite(areas) & (areas >= 0)), "area {area} is no area; correct or remove it"),
+    ]
+    wrong: dict[int, str] = {}
     for failed, what in tests:
-        for i in np.flatnonzero(failed & ~wrong).tolist():
-            ids = int(rows["image_id"][i]), int(rows["id"][i])
-            problems.append(Problem(path, what(i), *ids))
-        wrong |= failed
+        for row in np.flatnonzero(failed).tolist():
+            wrong.setdefault(
+                row,
+                what.format(
+                    category=rows["category_id"][row],
+                    box=f"box [x, y, width, height] = {boxes[row].tolist()}",
+                    width=size[row, 1],
+                    height=size[row, 0],
+                    area=areas[row],
+                ),
+            )
     return wrong

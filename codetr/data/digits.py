@@ -206,7 +206,8 @@ def make_scene(recipe: Recipe, split: str, index: int, rng: np.random.Generator)
         top, left, masks = placed
         labels.append(label)
         full.append(int(masks[-1].sum()))
-        _paint(canvas, top, left, *shape, rng)
+        patch = canvas[top : top + shape[0].shape[0], left : left + shape[0].shape[1]]
+        _paint(patch, *shape, rng)
     pixels = (canvas * 255).round().astype(np.uint8)
     return Scene(pixels, labels, masks)
 
@@ -318,11 +319,8 @@ def _place(
     return None
 
 
-def _paint(
-    canvas: Rgb, top: int, left: int, support: Grey, glyph: Grey, rng: np.random.Generator
-) -> None:
-    """Draw an object, its colours in contrast to what it covers."""
-    patch = canvas[top : top + support.shape[0], left : left + support.shape[1]]
+def _paint(patch: Rgb, support: Grey, glyph: Grey, rng: np.random.Generator) -> None:
+    """Draw an object over (h, w, 3) of the canvas, its colours in contrast to what it covers."""
     beneath = np.average(patch, axis=(0, 1), weights=np.repeat(support[..., None], 3, 2))
     if support is not glyph:
         beneath = _contrasting(beneath, rng)

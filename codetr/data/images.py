@@ -67,7 +67,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def absent_files(folder: Path, names: NDArray[np.str_]) -> NDArray[np.bool_]:
     """(I,) True where ``folder / name`` is no file; reads folders, not one entry per image."""
     parents = {name.rpartition("/")[0] for name in names.tolist()}
-    present = set()
+    present: set[str] = set()
     for parent in parents:
         try:
             with os.scandir(folder / parent) as entries:

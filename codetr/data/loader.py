@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -60,8 +62,8 @@ def build_loader(
     seed: int = 0,
     epoch: int = 0,
     workers: int = 0,
-) -> DataLoader[Batch]:
-    """The batches of one epoch for one of ``world_size`` workers.
+) -> DataLoader[Any]:
+    """Batches ``(ImageBatch, list[Targets])`` of one epoch for one of ``world_size`` workers.
 
     Args:
         dataset: its epoch and seed are set to these.
@@ -88,17 +90,18 @@ def build_loader(
         )
     dataset.seed = seed
     dataset.set_epoch(epoch)
+    shares = batches(
+        len(dataset),
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        training=training,
+        seed=seed,
+        epoch=epoch,
+    )
     return DataLoader(
         dataset,
-        batch_sampler=batches(
-            len(dataset),
-            batch_size,
-            rank=rank,
-            world_size=world_size,
-            training=training,
-            seed=seed,
-            epoch=epoch,
-        ),  # fmt: skip
+        batch_sampler=shares,
         collate_fn=collate,
         num_workers=workers,
         # Of its own: the loader would otherwise draw from the generator of the training.

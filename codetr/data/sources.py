@@ -57,7 +57,8 @@ def find_split(directory: Path, split: Split) -> SplitFiles:
     names = ", ".join(str(c.relative_to(directory)) for c in dict.fromkeys(candidates))
     there = ", ".join(sorted(p.name for p in directory.iterdir() if p.is_dir()))
     raise DataError(
-        f"{directory}: no image folder for {found[0].name}: looked for {names}; folders there: {there}"
+        f"{directory}: no image folder for {found[0].name}: looked for {names}; "
+        f"folders there: {there}"
     )
 
 

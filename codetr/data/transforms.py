@@ -16,7 +16,7 @@ CROP_SIDES = (384, 600)
 """Smallest and largest side of DETR's crop, in pixels."""
 
 
-class RandomSizeCrop(v2.Transform):
+class RandomSizeCrop(v2.Transform):  # type: ignore[misc]
     """Crop to a height and a width drawn from [smallest, largest], at most the image's own."""
 
     def __init__(self, smallest: int, largest: int) -> None:
