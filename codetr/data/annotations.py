@@ -106,8 +106,7 @@ class Annotations:
         areas: (A,) float64, the segment's area in square pixels, or the box's.
         crowd: (A,) bool.
         lvis: None in COCO.
-        bad: (I,) bool, images with a problem; their broken annotations are not in the arrays.
-        problems: everything that is wrong with single images and annotations.
+        problems: everything wrong with single images and annotations; those are not in the arrays.
     """
 
     path: Path
@@ -123,7 +122,6 @@ class Annotations:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     lvis: LvisImages | None
-    bad: NDArray[np.bool_]
     problems: tuple[Problem, ...] = field(repr=False)
 
     def __len__(self) -> int:
@@ -160,7 +158,6 @@ class Annotations:
             areas=self.areas[rows],
             crowd=self.crowd[rows],
             lvis=self.lvis and self.lvis.select(images.tolist()),
-            bad=self.bad[images],
             problems=self.problems,
         )
 
@@ -175,22 +172,19 @@ def read_annotations(path: Path) -> Annotations:
     content, digest = _load(path)
     problems: list[Problem] = []
     classes = _classes(path, content["categories"])
-    image_rows, bad_ids = _image_rows(path, content["images"], problems)
-    rows = _annotation_rows(path, content["annotations"], problems, bad_ids)
+    image_rows = _image_rows(path, content["images"], problems)
     image_ids = np.array([row[0] for row in image_rows], np.int64)
     sizes = np.array([row[2] for row in image_rows], np.int32).reshape(-1, 2)
 
-    by_id = np.argsort(image_ids)
-    # The problem of a broken image is known; its annotations are not reported as well.
-    rows = rows[np.isin(rows["image_id"], image_ids) | ~np.isin(rows["image_id"], list(bad_ids))]
-    owner = _positions(image_ids, rows["image_id"], by_id)
-    category_ids = np.array(classes.category_ids, np.int64)
-    label = _positions(category_ids, rows["category_id"], np.arange(len(category_ids)))
+    broken = {problem.image_id for problem in problems}.difference(image_ids.tolist())
+    rows = _annotation_rows(path, content["annotations"], problems, broken)
+    owner = _positions(image_ids, rows["image_id"])
+    label = _positions(np.array(classes.category_ids, np.int64), rows["category_id"])
     wrong = _wrong_annotations(rows, owner, label, sizes)
-    for row, what in wrong.items():
-        image_id, annotation_id = int(rows["image_id"][row]), int(rows["id"][row])
-        problems.append(Problem(path, what, image_id, annotation_id))
-        bad_ids.add(image_id)
+    problems += [
+        Problem(path, what, int(rows["image_id"][row]), int(rows["id"][row]))
+        for row, what in wrong.items()
+    ]
 
     # Stable: annotations of one image keep the file's order.
     order = np.delete(np.arange(len(rows)), list(wrong))
@@ -210,7 +204,6 @@ def read_annotations(path: Path) -> Annotations:
         areas=rows["area"][order],
         crowd=rows["crowd"][order],
         lvis=_lvis(classes, image_rows),
-        bad=np.isin(image_ids, list(bad_ids)),
         problems=tuple(problems),
     )
 
@@ -301,25 +294,20 @@ def _lvis(classes: Classes, rows: list[_ImageRow]) -> LvisImages | None:
     return LvisImages(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
 
-def _image_rows(
-    path: Path, entries: list[Any], problems: list[Problem]
-) -> tuple[list[_ImageRow], set[int]]:
-    """One row for each sound image, and the ids of the others."""
+def _image_rows(path: Path, entries: list[Any], problems: list[Problem]) -> list[_ImageRow]:
+    """One row for each sound image."""
     rows: dict[int, _ImageRow] = {}
-    bad: set[int] = set()
     for position, entry in enumerate(entries):
         try:
             row = _image_row(entry)
             if row[0] in rows:
-                raise ValueError(f"images[{position}] has this id too; give each image its own id")
+                raise ValueError(f"images[{position}] has this id too; give each image its own")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what, image_id = _describe(error, entry, f"images[{position}]")
-            problems.append(Problem(path, what, image_id=image_id))
-            if image_id is not None:
-                bad.add(image_id)
+            problems.append(Problem(path, what, image_id))
         else:
             rows[row[0]] = row
-    return list(rows.values()), bad
+    return list(rows.values())
 
 
 def _annotation_row(entry: Entry) -> tuple[Any, ...]:
@@ -338,20 +326,24 @@ def _annotation_row(entry: Entry) -> tuple[Any, ...]:
 
 
 def _annotation_rows(
-    path: Path, entries: list[Any], problems: list[Problem], bad_images: set[int]
+    path: Path, entries: list[Any], problems: list[Problem], broken_images: set[int | None]
 ) -> NDArray[Any]:
-    """(A,) of ``_ANNOTATION`` for all annotations whose fields have the right types."""
+    """(A,) of ``_ANNOTATION`` for all annotations whose fields have the right types.
+
+    Annotations of broken images are left out in silence: what is wrong there is known.
+    """
     rows = []
     for position, entry in enumerate(entries):
         try:
-            rows.append(_annotation_row(entry))
+            row = _annotation_row(entry)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             what, annotation_id = _describe(error, entry, f"annotations[{position}]")
             image_id = entry.get("image_id") if isinstance(entry, dict) else None
             image_id = image_id if type(image_id) is int else None
             problems.append(Problem(path, what, image_id, annotation_id))
-            if image_id is not None:
-                bad_images.add(image_id)
+        else:
+            if row[1] not in broken_images:
+                rows.append(row)
     return np.array(rows, _ANNOTATION)
 
 
@@ -364,12 +356,11 @@ def _describe(error: Exception, entry: Any, place: str) -> tuple[str, int | None
     return (what, identity) if type(identity) is int else (f"{place}: {what}", None)
 
 
-def _positions(
-    values: NDArray[np.int64], wanted: NDArray[np.int64], order: NDArray[np.intp]
-) -> NDArray[np.int64]:
-    """Position in ``values`` of each of ``wanted``, -1 if absent; ``order`` sorts ``values``."""
+def _positions(values: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position in ``values``, which are distinct, of each of ``wanted``; -1 if absent."""
     if not len(values):
         return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(values)
     found = np.searchsorted(values, wanted, sorter=order).clip(max=len(values) - 1)
     positions = order[found]
     return np.where(values[positions] == wanted, positions, -1)
@@ -390,7 +381,7 @@ def _wrong_annotations(
 ) -> dict[int, str]:
     """Rows that cannot be used, and what is wrong with each."""
     boxes, areas = rows["box"], rows["area"]
-    # Row -1 of no use: an annotation without image has its own test, which comes first.
+    # Owner -1 finds the last row: an annotation without image fails the first test anyway.
     size = np.concatenate([sizes, np.ones((1, 2), np.int32)])[owner]
     corners = _clipped(np.nan_to_num(boxes), size)
     _, first = np.unique(rows["id"], return_index=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from codetr.data.annotations import Annotations, Classes, read_annotations
-from codetr.data.errors import DataError, Problem, refuse
-from codetr.data.images import absent_files, read_image
+from codetr.data.annotations import Classes, read_annotations
+from codetr.data.errors import DataError, refuse
+from codetr.data.files import find_absent, find_unreadable, without
+from codetr.data.images import read_image
 from codetr.structures import Targets
 
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
@@ -87,15 +87,14 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         self.seed = seed
         self.epoch = 0
         table = read_annotations(annotations)
-        problems, bad = find_absent(table, images)
+        problems = [*table.problems, *find_absent(table, images)]
         if not skip_bad:
-            refuse([*table.problems, *problems])
-        bad |= table.bad
-        usable = np.flatnonzero(~bad)
+            refuse(problems)
+        usable = without(table, problems)
         if skip_bad:
-            usable = usable[_readable(table.select(usable), images)]
+            usable = without(usable, find_unreadable(usable, images))
         self.skipped = len(table) - len(usable)
-        self.table = table.select(usable[:limit])
+        self.table = usable.select(np.arange(len(usable))[:limit])
         self._require_content()
 
     @property
@@ -154,32 +153,3 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
                 f"{self.annotations}: no object to learn from in {len(self)} images{skipped}; "
                 "'codetr data check' shows what is there"
             )
-
-
-def find_absent(table: Annotations, images: Path) -> tuple[list[Problem], np.ndarray]:
-    """Problems of images that have no file, and (I,) True for each of them."""
-    absent = absent_files(images, table.names)
-    return [
-        Problem(
-            table.path,
-            f"no file {images / str(table.names[i])}; add it, or remove the image",
-            image_id=int(table.image_ids[i]),
-        )
-        for i in np.flatnonzero(absent)
-    ], absent
-
-
-def _readable(table: Annotations, images: Path) -> np.ndarray:
-    """(I,) True where an image can be decoded and has the size that the annotations say."""
-
-    def readable(name: str, size: list[int]) -> bool:
-        try:
-            read_image(images / name, (size[0], size[1]))
-        except DataError:
-            return False
-        return True
-
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        return np.array(
-            list(pool.map(readable, table.names.tolist(), table.sizes.tolist())), np.bool_
-        )

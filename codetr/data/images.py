@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -62,17 +61,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
-
-
-def absent_files(folder: Path, names: NDArray[np.str_]) -> NDArray[np.bool_]:
-    """(I,) True where ``folder / name`` is no file; reads folders, not one entry per image."""
-    parents = {name.rpartition("/")[0] for name in names.tolist()}
-    present: set[str] = set()
-    for parent in parents:
-        try:
-            with os.scandir(folder / parent) as entries:
-                prefix = f"{parent}/" if parent else ""
-                present.update(prefix + entry.name for entry in entries)
-        except OSError:
-            continue  # every image of a missing folder is reported as absent
-    return np.array([name not in present for name in names.tolist()], np.bool_)

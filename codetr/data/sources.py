@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codetr.data.coco import CocoDataset
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
