@@ -1,0 +1,151 @@
+"""Checkpoints: one file of plain values and tensors, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codetr.config import DataConfig, DetectorConfig, TrainingConfig, parse
+from codetr.cost import Cost
+from codetr.data import Classes
+from codetr.detector import CoDETR
+
+FORMAT = "codetr checkpoint 1"
+FILE_NAME = "checkpoint.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, written or used; its text names the file and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after a whole number of epochs, with all that continues or evaluates it.
+
+    Attributes:
+        model, optimizer, schedule: state dicts.
+        epoch, step: finished epochs and optimiser steps.
+        seed: with the epoch all there is of randomness: every epoch seeds its own generators.
+        detector, training, data: the configuration.
+        classes: of the data it was trained on, by class number.
+        metrics: of the last evaluation, as fractions.
+        cost: of all its epochs.
+        source: the file it was read from, for error messages.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    epoch: int
+    step: int
+    seed: int
+    detector: DetectorConfig
+    training: TrainingConfig
+    data: DataConfig
+    classes: Classes
+    metrics: dict[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    source: str = "this checkpoint"
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write ``path`` whole: whatever happens meanwhile, there is the old file or the new one.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; a previous file is untouched.
+    """
+    content = {
+        "format": FORMAT,
+        "model": checkpoint.model,
+        "optimizer": checkpoint.optimizer,
+        "schedule": checkpoint.schedule,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "seed": checkpoint.seed,
+        "detector": checkpoint.detector.model_dump(mode="json"),
+        "training": checkpoint.training.model_dump(mode="json"),
+        "data": checkpoint.data.model_dump(mode="json"),
+        "classes": asdict(checkpoint.classes),
+        # numpy's numbers are refused when a checkpoint is read.
+        "metrics": {name: float(value) for name, value in checkpoint.metrics.items()},
+        "cost": asdict(checkpoint.cost),
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns some of the file's errors into its own
+        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; a previous checkpoint there is untouched"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, or the one in a folder, to the CPU; never runs code that it holds.
+
+    Raises:
+        CheckpointError: there is none, or it is truncated, damaged or not CoDETR's.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise CheckpointError(_why_unreadable(path, error)) from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint that this version of codetr wrote")
+    for key, config in (
+        ("detector", DetectorConfig),
+        ("training", TrainingConfig),
+        ("data", DataConfig),
+    ):
+        content[key] = parse(config, content[key], f"{path}: {key}")
+    content["classes"] = Classes(**content["classes"])
+    content["cost"] = Cost(**content["cost"])
+    return Checkpoint(**content, source=str(path))
+
+
+def build_model(checkpoint: Checkpoint) -> CoDETR:
+    """The trained detector in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: the weights do not fit the configuration beside them.
+    """
+    model = CoDETR(without_download(checkpoint.detector))
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.source}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def without_download(detector: DetectorConfig) -> DetectorConfig:
+    """The same detector with a backbone that starts from nothing: all its weights are at hand."""
+    backbone = detector.backbone.model_copy(update={"pretrained": False})
+    return detector.model_copy(update={"backbone": backbone})
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        begins_as_archive = file.read(4) == b"PK\x03\x04"
+    if begins_as_archive and not zipfile.is_zipfile(path):
+        return f"{path} is truncated: its end is missing; use an earlier checkpoint"
+    return f"{path} is not a checkpoint of codetr, or is damaged ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
