@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
 from codetr.heads import build_head
+from codetr.heads.head import Head
 from codetr.queries import LearnedQueries, PositiveQueries, TwoStageQueries
 from codetr.queries.selection import QUERY
 from codetr.sampling import forked_rng
@@ -59,6 +61,7 @@ class CoDETR(nn.Module):
                 num_classes=config.num_classes,
                 strides=config.head_strides,
                 positive_config=config.positive_queries,
+                groups=transformer.group_norm_groups,
             )
             for name, head in zip(config.head_names, config.heads, strict=True)
         )
@@ -134,7 +137,7 @@ class CoDETR(nn.Module):
             raise ValueError(f"no branch '{branch}' in this detector; {nearest(branch, branches)}")
         memory = self.encode(batch)
         if branch != QUERY:
-            head = self.heads[self.config.head_names.index(branch)]
+            head = cast(Head, self.heads[self.config.head_names.index(branch)])
             return head.detect(self.memory_pyramid(memory), batch.sizes)
         prediction = self.decoder([self.queries(memory).group], memory)[QUERY]
         return best_pairs(prediction, batch.sizes, self.config.max_detections)

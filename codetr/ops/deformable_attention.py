@@ -30,7 +30,7 @@ def deformable_attention(
     queries = locations.shape[1]
     maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B H, D, T)
     grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P, 2)
-    shares = weights.to(value.dtype).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P)
+    shares = weights.to(value.dtype).transpose(1, 2).flatten(0, 1)[:, None]  # (B H, 1, Q, L, P)
 
     result = value.new_zeros(batch * heads, channels, queries)
     for level, level_map in enumerate(maps.split([h * w for h, w in shapes], dim=2)):
@@ -41,5 +41,5 @@ def deformable_attention(
             padding_mode="zeros",
             align_corners=False,
         )  # (B H, D, Q, P)
-        result = result + torch.einsum("bdqp,bqp->bdq", sampled, shares[:, :, level])
+        result = result + (sampled * shares[:, :, :, level]).sum(-1)
     return result.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)

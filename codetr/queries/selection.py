@@ -97,24 +97,25 @@ class TwoStageQueries(nn.Module):
         return Selection(group, proposals, tokens)
 
     def _propose(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Class logits (B, T, classes) and box logits (B, T, 4) of every token.
-
-        A token whose proposal is padding or touches the border keeps its place: its memory is
-        zeroed and its box logits are infinite (method.md 14).
-        """
-        proposal = token_proposals(memory)
-        valid = ((proposal > 0.01) & (proposal < 0.99)).all(-1, keepdim=True)
-        valid = valid & ~memory.padding[..., None]
-        anchors = torch.log(proposal / (1 - proposal)).masked_fill(~valid, torch.inf)
-        hidden = self.project_norm(self.project(memory.tokens.masked_fill(~valid, 0.0)))
-        return self.classify(hidden), self.regress(hidden).float() + anchors
+        """Class logits (B, T, classes) and box logits (B, T, 4) of every token; the memory of
+        tokens without a proposal counts as zero (method.md 14)."""
+        proposals = token_proposals(memory)
+        tokens = memory.tokens.masked_fill(proposals[..., :1].isinf(), 0.0)
+        hidden = self.project_norm(self.project(tokens))
+        return self.classify(hidden), self.regress(hidden).float() + proposals
 
 
 def token_proposals(memory: Memory) -> Tensor:
-    """(B, T, 4) normalised cxcywh: a square of 0.05 * 2**level around each token's cell."""
+    """Logits (B, T, 4) of a normalised cxcywh box of side 0.05 * 2**level around each token.
+
+    A token in the padding, or whose box comes too close to the border, keeps its place in the
+    ranking, but its logits are infinite (method.md 14).
+    """
     centers = cell_centers(memory)
     sides = [
         centers.new_full((height * width, 2), 0.05 * 2**level)
         for level, (height, width) in enumerate(memory.shapes)
     ]
-    return torch.cat((centers, torch.cat(sides).expand_as(centers)), dim=-1)
+    boxes = torch.cat((centers, torch.cat(sides).expand_as(centers)), dim=-1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
+    return torch.log(boxes / (1 - boxes)).masked_fill(~valid[..., None], torch.inf)

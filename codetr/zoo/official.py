@@ -127,21 +127,22 @@ def _heads(config: DetectorConfig) -> Iterable[tuple[str, str]]:
 def _faster_rcnn(ours: str) -> Prefixes:
     return [
         ("rpn_head.rpn_conv.", f"{ours}.rpn.conv."),
-        ("rpn_head.rpn_cls.", f"{ours}.rpn.classify."),
-        ("rpn_head.rpn_reg.", f"{ours}.rpn.regress."),
-        ("roi_head.0.bbox_head.shared_fcs.", f"{ours}.rcnn.fcs."),
-        ("roi_head.0.bbox_head.fc_cls.", f"{ours}.rcnn.classify."),
-        ("roi_head.0.bbox_head.fc_reg.", f"{ours}.rcnn.regress."),
+        ("rpn_head.rpn_cls.", f"{ours}.rpn.cls."),
+        ("rpn_head.rpn_reg.", f"{ours}.rpn.reg."),
+        ("roi_head.0.bbox_head.shared_fcs.0.", f"{ours}.rcnn.fc1."),
+        ("roi_head.0.bbox_head.shared_fcs.1.", f"{ours}.rcnn.fc2."),
+        ("roi_head.0.bbox_head.fc_cls.", f"{ours}.rcnn.cls."),
+        ("roi_head.0.bbox_head.fc_reg.", f"{ours}.rcnn.reg."),
     ]
 
 
 def _atss(official: str, ours: str, head: AtssConfig, levels: int) -> Iterable[tuple[str, str]]:
     for conv in range(head.convs):
         for branch in ("cls", "reg"):
-            yield f"{official}.{branch}_convs.{conv}.conv.", f"{ours}.{branch}_tower.{conv}.0."
-            yield f"{official}.{branch}_convs.{conv}.gn.", f"{ours}.{branch}_tower.{conv}.1."
-    yield f"{official}.atss_cls.", f"{ours}.classify."
-    yield f"{official}.atss_reg.", f"{ours}.regress."
+            yield f"{official}.{branch}_convs.{conv}.conv.", f"{ours}.{branch}_tower.{conv}.conv."
+            yield f"{official}.{branch}_convs.{conv}.gn.", f"{ours}.{branch}_tower.{conv}.norm."
+    yield f"{official}.atss_cls.", f"{ours}.cls."
+    yield f"{official}.atss_reg.", f"{ours}.reg."
     yield f"{official}.atss_centerness.", f"{ours}.centerness."
     for level in range(levels):
         yield f"{official}.scales.{level}.scale", f"{ours}.scales.{level}"
