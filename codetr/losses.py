@@ -43,19 +43,16 @@ def sigmoid_focal_loss(
     return _weighted_sum(loss.sum(1), weights)
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of (N,) logits with (N,) targets in [0, 1]."""
-    loss = functional.binary_cross_entropy_with_logits(
-        logits.float(), targets.float(), reduction="none"
+    return functional.binary_cross_entropy_with_logits(
+        logits.float(), targets.float(), reduction="sum"
     )
-    return _weighted_sum(loss, weights)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross entropy of (N, C) logits with (N,) int64 labels."""
-    return _weighted_sum(
-        functional.cross_entropy(logits.float(), labels, reduction="none"), weights
-    )
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def l1_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

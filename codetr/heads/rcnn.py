@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import clip_boxes_to_image, roi_align
 
@@ -120,18 +121,16 @@ class Rcnn(nn.Module):
     def _losses(
         self, logits: Tensor, deltas: Tensor, samples: Sequence[RoiSamples]
     ) -> dict[str, Tensor]:
-        starts = torch.tensor([0, *(len(s.boxes) for s in samples)]).cumsum(0).tolist()
-        positive = torch.cat(
+        boxes = torch.cat([s.boxes for s in samples])
+        # Behind each image's positives the background takes the rest of its rows.
+        labels = torch.cat(
             [
-                torch.arange(start, start + len(s.labels), device=logits.device)
-                for start, s in zip(starts, samples, strict=False)
+                functional.pad(s.labels, (0, len(s.boxes) - len(s.labels)), value=self.num_classes)
+                for s in samples
             ]
         )
-        positive_labels = torch.cat([s.labels for s in samples])
-        boxes = torch.cat([s.boxes for s in samples])
-        labels = positive_labels.new_full((len(boxes),), self.num_classes)
-        labels[positive] = positive_labels
-        refined = decode_deltas(boxes[positive], deltas[positive, positive_labels], STDS)
+        positive = (labels < self.num_classes).nonzero().squeeze(1)
+        refined = decode_deltas(boxes[positive], deltas[positive, labels[positive]], STDS)
         count = normaliser(len(boxes), logits.device)
         return {
             "rcnn_cls": cross_entropy(logits, labels) / count,

@@ -63,36 +63,34 @@ class Rpn(nn.Module):
     ) -> dict[str, Tensor]:
         """``rpn_cls`` and ``rpn_l1`` on a random sample of each image's anchors, both divided by
         the number of samples, of which every image counts at least one positive."""
-        anchors = prediction.anchors
+        anchors, count = prediction.anchors, len(prediction.anchors.boxes)
         assigned = self.assign(anchors, sizes, targets)
         samples = self.sample(assigned, targets)
-        image = torch.cat([torch.full_like(p, i) for i, (p, _) in enumerate(samples)])
-        anchor = torch.cat([positive for positive, _ in samples])
-        offsets = range(0, assigned.numel(), len(anchors.boxes))
-        background = torch.cat([n + start for start, (_, n) in zip(offsets, samples, strict=True)])
-        image, anchor, background = (i.to(assigned.device) for i in (image, anchor, background))
+        # From here on the anchors of all images are laid end to end.
+        positive = torch.cat([p + i * count for i, (p, _) in enumerate(samples)])
+        negative = torch.cat([n + i * count for i, (_, n) in enumerate(samples)])
+        sampled = torch.cat((positive, negative)).to(assigned.device)
+        labels = torch.arange(len(sampled), device=sampled.device) < len(positive)
+        positive = sampled[: len(positive)]
 
         objects, _ = pad_objects(targets)
-        boxes = objects[image, assigned[image, anchor]]
-        deltas = encode_deltas(anchors.boxes[anchor], boxes)
-        logits = torch.cat(
-            (prediction.logits[image, anchor], prediction.logits.flatten()[background])
-        )
-        labels = torch.zeros_like(logits)
-        labels[: len(anchor)] = 1
-        count = normaliser(sum(max(len(p), 1) + max(len(n), 1) for p, n in samples), logits.device)
-        return {
-            "rpn_cls": binary_cross_entropy(logits, labels) / count,
-            "rpn_l1": l1_loss(prediction.deltas[image, anchor], deltas) / count,
-        }
+        boxes = objects[positive // count, assigned.flatten()[positive]]
+        deltas = encode_deltas(anchors.boxes[positive % count], boxes)
+        total = normaliser(sum(max(len(p), 1) + max(len(n), 1) for p, n in samples), sampled.device)
+        cls = binary_cross_entropy(prediction.logits.flatten()[sampled], labels)
+        l1 = l1_loss(prediction.deltas.flatten(0, 1)[positive], deltas)
+        return {"rpn_cls": cls / total, "rpn_l1": l1 / total}
 
     @torch.no_grad()
     def assign(self, anchors: Anchors, sizes: Sequence[Size], targets: Sequence[Targets]) -> Tensor:
         """(B, N) the object of each anchor, ``BACKGROUND`` or ``IGNORED``."""
         objects, _ = pad_objects(targets)
-        overlaps = pairwise_iou(objects, anchors.boxes)
-        overlaps = overlaps.masked_fill(~anchors.valid(sizes)[:, None], -1.0)
-        return match_max_iou(overlaps, positive=0.7, negative=0.3, low_quality=0.3)
+        assigned = []
+        # Image by image: the IoU of a whole crowded batch with 200,000 anchors takes gigabytes.
+        for boxes, valid in zip(objects, anchors.valid(sizes), strict=True):
+            overlaps = pairwise_iou(boxes, anchors.boxes).masked_fill(~valid, -1.0)
+            assigned.append(match_max_iou(overlaps, positive=0.7, negative=0.3, low_quality=0.3))
+        return torch.stack(assigned)
 
     def sample(self, assigned: Tensor, targets: Sequence[Targets]) -> list[tuple[Tensor, Tensor]]:
         """Sampled positives and negatives of each image, ascending, on the CPU."""
