@@ -21,6 +21,10 @@ from codetr.data.errors import DataError, Problem
 
 Entry = dict[str, Any]
 
+_LARGEST_ID = 2**53
+"""Results hold ids as 64-bit floats."""
+_LARGEST_SIDE = 2**31 - 1
+
 _ANNOTATION = np.dtype(
     [
         ("id", np.int64),
@@ -235,7 +239,9 @@ def _without_segmentation(entry: Entry) -> Entry:
 def _classes(path: Path, categories: list[Any]) -> Classes:
     for position, entry in enumerate(categories):
         if not isinstance(entry, dict) or not (
-            type(entry.get("id")) is int and isinstance(entry.get("name"), str)
+            type(entry.get("id")) is int
+            and abs(entry["id"]) <= _LARGEST_ID
+            and isinstance(entry.get("name"), str)
         ):
             raise DataError(
                 f"{path}: categories[{position}] needs an integer 'id' and a 'name', has {entry!r}"
@@ -255,10 +261,10 @@ def _classes(path: Path, categories: list[Any]) -> Classes:
     )
 
 
-def _integer(entry: Entry, key: str) -> int:
+def _integer(entry: Entry, key: str, largest: int = _LARGEST_ID) -> int:
     value = entry[key]
-    if type(value) is not int:
-        raise ValueError(f"'{key}' is {value!r} and must be an integer")
+    if type(value) is not int or abs(value) > largest:
+        raise ValueError(f"'{key}' is {value!r} and must be an integer up to {largest}")
     return value
 
 
@@ -268,7 +274,7 @@ _ImageRow = tuple[int, str, tuple[int, int], _Federated | None]
 
 
 def _image_row(entry: Entry) -> _ImageRow:
-    height, width = _integer(entry, "height"), _integer(entry, "width")
+    height, width = (_integer(entry, key, _LARGEST_SIDE) for key in ("height", "width"))
     if height < 1 or width < 1:
         raise ValueError(f"'width' and 'height' are {width} and {height}; write the file's size")
     name = entry.get("file_name")

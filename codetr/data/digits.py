@@ -13,8 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from codetr.data.errors import DataError
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in total)."""
+from codetr.data.files import Progress
 
 VERSION = 1
 """Goes up when the same parameters give other images."""
@@ -136,9 +133,14 @@ def make_digits(
     return directory
 
 
+def embedded_recipe(*, lvis: bool) -> Recipe:
+    """What ``data.dataset: digits`` or ``digits-lvis`` is made of."""
+    return Recipe(lvis, seed=0, train_images=1000 if lvis else 2000, val_images=200, size=96)
+
+
 def cached_digits(*, lvis: bool = False, progress: Progress | None = None) -> Path:
     """The embedded set under the user's cache folder, made on first use by one process only."""
-    recipe = Recipe(lvis, 0, 1000 if lvis else 2000, 200, 96)
+    recipe = embedded_recipe(lvis=lvis)
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codetr"
     directory = cache_home / recipe.folder_name
     if directory.is_dir():
@@ -146,15 +148,7 @@ def cached_digits(*, lvis: bool = False, progress: Progress | None = None) -> Pa
     cache_home.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_home / f".{recipe.folder_name}.lock"):
         if not directory.is_dir():
-            make_digits(
-                directory,
-                lvis=lvis,
-                seed=recipe.seed,
-                train_images=recipe.train_images,
-                val_images=recipe.val_images,
-                size=recipe.size,
-                progress=progress,
-            )
+            make_digits(directory, **asdict(recipe), progress=progress)
     return directory
 
 
