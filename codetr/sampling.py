@@ -46,7 +46,7 @@ def forked_rng(name: str) -> Iterator[None]:
     """
     seed = torch.initial_seed() ^ zlib.crc32(name.encode())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

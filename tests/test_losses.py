@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codetr import losses
+from codetr.boxes import generalised_iou
+
+
+@given(st.floats(-20, 20), st.integers(0, 2))
+def test_focal_loss_is_the_papers_formula(logit: float, label: int) -> None:
+    """Two classes, label 2 is background; in double precision from the definition."""
+    logits = torch.tensor([[logit, -logit]])
+    p = [1 / (1 + math.exp(-x)) for x in (logit, -logit)]
+    expected = 0.0
+    for cls in range(2):
+        likely, alpha = (p[cls], 0.25) if label == cls else (1 - p[cls], 0.75)
+        expected -= alpha * (1 - likely) ** 2 * math.log(max(likely, 1e-45))
+    loss = losses.sigmoid_focal_loss(logits, torch.tensor([label]))
+    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_focal_loss_counts_rows_by_weight() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 3, 2, 3])
+    weighted = losses.sigmoid_focal_loss(logits, labels, torch.tensor([1.0, 0.0, 2.0, 0.0]))
+    rows = [losses.sigmoid_focal_loss(logits[i : i + 1], labels[i : i + 1]) for i in (0, 2)]
+    torch.testing.assert_close(weighted, rows[0] + 2 * rows[1])
+
+
+def test_giou_loss_is_torchvisions_but_for_eps() -> None:
+    a = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 9.0, 8.0], [30.0, 30.0, 40.0, 35.0]])
+    b = torch.tensor([[2.0, 1.0, 12.0, 9.0], [5.0, 5.0, 9.0, 8.0], [0.0, 0.0, 4.0, 4.0]])
+    expected = torchvision.ops.generalized_box_iou_loss(a, b, reduction="sum")
+    torch.testing.assert_close(losses.giou_loss(a, b), expected)
+    one = losses.giou_loss(a, b, torch.tensor([0.0, 0.0, 0.5]))
+    torch.testing.assert_close(one, 0.5 * (1 - generalised_iou(a[2], b[2])))
+
+
+def test_l1_loss_sums_coordinates() -> None:
+    loss = losses.l1_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
+    assert loss.item() == 3
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, n: losses.sigmoid_focal_loss(x, torch.full((n,), 4)),
+        lambda x, n: losses.cross_entropy(x, torch.zeros(n, dtype=torch.int64)),
+        lambda x, n: losses.binary_cross_entropy(x[:, 0], torch.ones(n)),
+        lambda x, n: losses.l1_loss(x, torch.zeros(n, 4)),
+        lambda x, n: losses.giou_loss(x, torch.zeros(n, 4)),
+    ],
+)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_losses_are_float32_and_connected(loss, rows: int) -> None:
+    """Of low precision inputs, and of none: the gradient exists and is finite."""
+    x = torch.randn(rows, 4, dtype=torch.bfloat16, requires_grad=True)
+    value = loss(x, rows)
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    value.backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
