@@ -85,12 +85,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns some of the file's errors into its own
-        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
         raise CheckpointError(
             f"cannot write {path}: {reason}; a previous checkpoint there is untouched"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -102,10 +103,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = path / FILE_NAME if path.is_dir() else path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        intact = zipfile.ZipFile(path).testzip() is None  # torch itself compares no checksums
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # pickle, zip and torch each raise their own
-        raise CheckpointError(_why_unreadable(path, error)) from error
+        raise CheckpointError(_why_unreadable(path)) from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: checksums differ; use an earlier checkpoint")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint that this version of codetr wrote")
     for key, config in (
@@ -129,7 +133,8 @@ def build_model(checkpoint: Checkpoint) -> CoDETR:
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.source}: {_first_line(error)}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.source}: {reason[:300]}") from error
     return model.eval()
 
 
@@ -139,13 +144,9 @@ def without_download(detector: DetectorConfig) -> DetectorConfig:
     return detector.model_copy(update={"backbone": backbone})
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
+def _why_unreadable(path: Path) -> str:
     with path.open("rb") as file:
-        begins_as_archive = file.read(4) == b"PK\x03\x04"
-    if begins_as_archive and not zipfile.is_zipfile(path):
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if is_archive and not zipfile.is_zipfile(path):
         return f"{path} is truncated: its end is missing; use an earlier checkpoint"
-    return f"{path} is not a checkpoint of codetr, or is damaged ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return f"{path} is damaged, or not a checkpoint of codetr"

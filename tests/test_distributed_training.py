@@ -1,0 +1,220 @@
+"""Two processes over gloo against one process on the same global batch."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import FASTER_RCNN, start, tiny_batch, tiny_detector, tiny_training
+from torch import distributed, multiprocessing
+
+from codetr.config import DataConfig
+from codetr.data import build_loader, open_dataset
+from codetr.data.digits import make_digits
+from codetr.detector import CoDETR
+from codetr.distributed import from_rank_zero, rank, world_size
+from codetr.structures import ImageBatch
+from codetr.training import NonFiniteLoss, evaluate, train_epoch
+
+WORLD = 2
+K2 = ("atss", FASTER_RCNN)
+OBJECTS = {"both ranks": [3, 1, 2, 4], "rank 0 alone": [3, 0, 2, 0], "no rank": [0, 0, 0, 0]}
+"""Objects of the four images of a step; rank 1 has the second and the last."""
+CASES = {
+    f"K = {len(heads)}, {'two' if two_stage else 'one'}-stage, objects on {where}": (
+        tiny_detector(*heads, two_stage=two_stage),
+        objects,
+    )
+    for heads in ((), ("atss",), K2)
+    for two_stage in (False, True)
+    for where, objects in OBJECTS.items()
+}
+
+
+def share(batch):
+    """What the loader gives this rank of a global batch: all of it, or every second image."""
+    images, targets = batch
+    own = slice(rank(), None, world_size())
+    return ImageBatch(images.pixels[own], images.sizes[own]), targets[own]
+
+
+def started(detector, **settings):
+    state = start(detector, tiny_training(**settings), steps=3)
+    # Away from the initial star of integer offsets: there, samples lie exactly between two cells,
+    # and the last bit decides which of two slopes is the gradient.
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            if "sampling_offsets" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
+    return state
+
+
+def gradients():
+    """Loss terms, and gradients by parameter, of one step of every case."""
+    results = {}
+    for number, (name, (detector, objects)) in enumerate(CASES.items()):
+        state = started(detector)
+        state.parallel.train()
+        output = state.parallel(*share(tiny_batch([10 * number + i for i in range(4)], objects)))
+        output.total.backward()
+        losses = output.losses | {"total": output.total}
+        results[name] = (
+            {term: float(value.detach()) for term, value in losses.items()},
+            {n: p.grad for n, p in state.model.named_parameters() if p.requires_grad},
+        )
+    return results
+
+
+def epoch():
+    """Report and weights after an epoch of three steps."""
+    state = started(tiny_detector(*K2), learning_rate=1e-4)
+    objects = [[1, 2, 0, 3], [2, 0, 1, 0], [1, 1, 1, 1]]
+    loader = [share(tiny_batch([4 * s + i for i in range(4)], n)) for s, n in enumerate(objects)]
+    report = train_epoch(state, loader)
+    return report, state.model.state_dict()
+
+
+def trained_norm():
+    """Buffers of a detector whose batch norm is trained, after a step on this rank's images."""
+    state = started(tiny_detector(frozen_norm=False))
+    train_epoch(state, [share(tiny_batch([1, 2, 3, 4], [1, 1, 1, 1]))])
+    return dict(state.model.named_buffers())
+
+
+def poisoned():
+    """The error after image 6, which is rank 0's in the second step, gets a NaN; and the weights
+    before and after."""
+    batches = [tiny_batch([4 * s + i for i in range(4)], [2, 1, 0, 1]) for s in range(2)]
+    batches[1][0].pixels[2, 0, 5, 5] = math.nan
+    state = started(tiny_detector(*K2))
+    train_epoch(state, [share(batches[0])])
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_epoch(state, [share(batches[0]), share(batches[1])][1:])
+    error = caught.value
+    after = state.model.state_dict()
+    unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
+    return error, unchanged
+
+
+def evaluation(folder: Path):
+    """Metrics and detections of a detector on seven images, which two ranks cannot share evenly."""
+    dataset = open_dataset(DataConfig(path=folder / "digits", short_sides=(64,)), "val")
+    detector = tiny_detector().model_copy(update={"num_classes": len(dataset.classes)})
+    loader = build_loader(dataset, 2, rank=rank(), world_size=world_size(), training=False)
+    torch.manual_seed(0)
+    result = evaluate(CoDETR(detector), loader, dataset)
+    return result.metrics.summary, result.detections
+
+
+def failure_on_rank_zero():
+    def fail():
+        raise ValueError(f"broken on rank {rank()}")
+
+    with pytest.raises(ValueError, match="broken on rank 0") as caught:
+        from_rank_zero(fail)
+    return str(caught.value)
+
+
+def everything(folder):
+    return {
+        "gradients": gradients(),
+        "epoch": epoch(),
+        "trained norm": trained_norm(),
+        "poisoned": poisoned(),
+        "evaluation": evaluation(folder),
+        "failure": failure_on_rank_zero(),
+    }
+
+
+def worker(number, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=number,
+        world_size=WORLD,
+        timeout=timedelta(minutes=2),  # a hang becomes an error
+    )
+    torch.save(everything(folder), folder / f"{number}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    make_digits(folder / "digits", train_images=1, val_images=7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """Everything, computed by each of two processes."""
+    multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+    return [torch.load(folder / f"{n}.pt", weights_only=False) for n in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and gradients, computed by this process on the whole batch."""
+    return gradients()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_equal_those_of_one_process(case, ranks, alone):
+    (losses_0, gradients_0), (losses_1, gradients_1) = (r["gradients"][case] for r in ranks)
+    losses, expected = alone[case]
+    for term, value in losses.items():
+        assert (losses_0[term] + losses_1[term]) / 2 == pytest.approx(value, rel=1e-5), term
+    assert expected.keys() == gradients_0.keys() == gradients_1.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(gradients_0[name], gradients_1[name]), name
+        scale = max(float(gradient.abs().max()), 1e-3)
+        assert float((gradients_0[name] - gradient).abs().max()) < 1e-5 * scale, name
+
+
+def test_an_epoch_equals_that_of_one_process(ranks):
+    (report_0, weights_0), (report_1, weights_1) = (r["epoch"] for r in ranks)
+    report, weights = epoch()
+    assert report_0 == report_1
+    assert report_0.images == report.images == 12
+    assert report_0.losses == pytest.approx(report.losses, rel=1e-4)
+    assert report_0.total == pytest.approx(report.total, rel=1e-4)
+    assert report_0.gradient_norm == pytest.approx(report.gradient_norm, rel=1e-4)
+    for name, value in weights.items():
+        assert torch.equal(weights_0[name], weights_1[name]), name
+        torch.testing.assert_close(weights_0[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_statistics_are_equal_on_all_ranks(ranks):
+    buffers_0, buffers_1 = (r["trained norm"] for r in ranks)
+    assert any("running_mean" in name and value.any() for name, value in buffers_0.items())
+    assert all(torch.equal(value, buffers_1[name]) for name, value in buffers_0.items())
+
+
+def test_a_nan_on_one_rank_stops_all_alike(ranks):
+    (error_0, unchanged_0), (error_1, unchanged_1) = (r["poisoned"] for r in ranks)
+    assert str(error_0) == str(error_1)
+    assert "query/0/cls" in error_0.terms
+    assert error_0.image_ids == [4, 6]  # rank 0's images
+    assert unchanged_0
+    assert unchanged_1
+
+
+def test_evaluation_equals_that_of_one_process(ranks, folder):
+    metrics, detections = evaluation(folder)
+    (metrics_0, detections_0), (metrics_1, detections_1) = (r["evaluation"] for r in ranks)
+    assert metrics_0 == pytest.approx(metrics, nan_ok=True, abs=1e-6)
+    assert metrics_1 == pytest.approx(metrics_0, nan_ok=True)
+    assert detections_1 == {}
+    assert detections_0.keys() == detections.keys()
+    for image, found in detections.items():
+        torch.testing.assert_close(detections_0[image].scores, found.scores)
+
+
+def test_an_error_of_rank_zero_reaches_all(ranks):
+    assert [r["failure"] for r in ranks] == ["broken on rank 0"] * WORLD

@@ -1,0 +1,90 @@
+"""A detector of a few thousand parameters, and batches for it, for the tests of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from codetr.config import DataConfig, DetectorConfig, TrainingConfig
+from codetr.data import Classes
+from codetr.structures import ImageBatch, Targets
+from codetr.training import TrainingState
+
+CLASSES = Classes(("cat", "dog", "fish"), (1, 2, 7))
+FASTER_RCNN = {
+    "type": "faster_rcnn",
+    "rpn": {"samples": 32, "train_nms_pre": 50, "test_nms_pre": 50, "keep": 40},
+    "rcnn": {"samples": 32, "fc_dim": 32, "finest_scale": 28},
+}
+
+
+def tiny_detector(*heads: Any, two_stage: bool = False, frozen_norm: bool = True) -> DetectorConfig:
+    """Strides 8 to 32, 32 channels, 1 + 2 layers, 12 queries; ``heads`` of small samples."""
+    return DetectorConfig.model_validate(
+        {
+            "num_classes": len(CLASSES),
+            "backbone": {
+                "name": "tiny",
+                "pretrained": False,
+                "frozen_stages": -1,
+                "frozen_norm": frozen_norm,
+            },
+            "transformer": {
+                "embed_dim": 32,
+                "ffn_dim": 64,
+                "attention_heads": 4,
+                "sampling_points": 2,
+                "encoder_layers": 1,
+                "decoder_layers": 2,
+                "levels": 3,
+                "group_norm_groups": 8,
+            },
+            "queries": {"count": 12, "two_stage": two_stage},
+            "heads": heads,
+            "positive_queries": {"max": 20},
+        }
+    )
+
+
+def tiny_training(**settings: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(
+        {"epochs": 2, "batch_size": 4, "drop_epochs": [1], "precision": "fp32"} | settings
+    )
+
+
+def start(detector: DetectorConfig, training: TrainingConfig, steps: int) -> TrainingState:
+    """A fresh state on the CPU with seed 7."""
+    return TrainingState.start(
+        detector,
+        training,
+        DataConfig(),
+        CLASSES,
+        seed=7,
+        steps_per_epoch=steps,
+        device=torch.device("cpu"),
+    )
+
+
+def tiny_targets(image_id: int, objects: int, side: int = 64) -> Targets:
+    draw = torch.Generator().manual_seed(image_id)
+    corners = torch.rand(objects, 2, generator=draw) * side * 0.6
+    lengths = (0.1 + 0.3 * torch.rand(objects, 2, generator=draw)) * side
+    return Targets(
+        boxes=torch.cat((corners, (corners + lengths).clamp(max=side)), dim=1),
+        labels=torch.randint(len(CLASSES), (objects,), generator=draw),
+        image_id=image_id,
+        original_size=(side, side),
+        seed=image_id,
+    )
+
+
+def tiny_batch(
+    image_ids: list[int], objects: list[int], side: int = 64
+) -> tuple[ImageBatch, list[Targets]]:
+    """Images of one size; pixels and targets depend on the image's id alone."""
+    pixels = [
+        torch.randn(3, side, side, generator=torch.Generator().manual_seed(i)) for i in image_ids
+    ]
+    targets = [tiny_targets(i, n, side) for i, n in zip(image_ids, objects, strict=True)]
+    return ImageBatch(torch.stack(pixels), [(side, side)] * len(pixels)), targets
