@@ -10,6 +10,11 @@ from pathlib import Path
 class DataError(ValueError):
     """Data that cannot be used; its text names file and id, and says what to do."""
 
+    def __init__(self, text: str) -> None:
+        # torch's loader processes raise it anew with a whole traceback as its text; the sentence
+        # that was meant stands at its end.
+        super().__init__(text.rpartition(f"{__name__}.DataError: ")[2].strip())
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -46,7 +46,7 @@ def content() -> dict[str, Any]:
             annotation(104, 5, [20, 5, 8, 8], 7),
             annotation(103, 8, [0, 0, 40, 30], 3),
         ],
-        "categories": CATEGORIES[::-1],
+        "categories": [dict(category) for category in reversed(CATEGORIES)],
     }
 
 
