@@ -1,0 +1,59 @@
+"""Heads and images small enough for property tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codetr.config import AtssConfig, FasterRcnnConfig, PositiveQueryConfig, RcnnConfig, RpnConfig
+from codetr.heads import Head, build_head
+from codetr.structures import Size, Targets
+
+STRIDES = (8, 16, 32, 64)
+SIZE: Size = (64, 96)
+CHANNELS = 16
+CLASSES = 3
+CONFIGS: dict[str, AtssConfig | FasterRcnnConfig] = {
+    "atss": AtssConfig(test_keep=20),
+    "faster_rcnn": FasterRcnnConfig(
+        rpn=RpnConfig(samples=32, train_nms_pre=50, test_nms_pre=40, keep=30),
+        rcnn=RcnnConfig(samples=16, fc_dim=8, finest_scale=28, test_keep=20),
+    ),
+}
+
+
+def small_head(name: str, seed: int = 0, **positives: Any) -> Head:
+    torch.manual_seed(seed)
+    return build_head(
+        CONFIGS[name],
+        name=name,
+        channels=CHANNELS,
+        num_classes=CLASSES,
+        strides=STRIDES,
+        positive_config=PositiveQueryConfig(**positives),
+        groups=4,
+    )
+
+
+def random_pyramid(batch: int, seed: int = 0, size: Size = SIZE) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, CHANNELS, -(-size[0] // s), -(-size[1] // s), generator=generator)
+        for s in STRIDES
+    ]
+
+
+def random_targets(counts: list[int], seed: int = 0, size: Size = SIZE) -> list[Targets]:
+    """Seeded images, so that draws do not depend on the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    targets = []
+    for number, count in enumerate(counts):
+        corner = torch.rand(count, 2, generator=generator) * extent * 0.6
+        sides = 8 + torch.rand(count, 2, generator=generator) * extent * 0.3
+        labels = torch.randint(0, CLASSES, (count,), generator=generator)
+        boxes = torch.cat((corner, corner + sides), -1)
+        targets.append(Targets(boxes, labels, image_id=number, seed=number))
+    return targets
