@@ -263,7 +263,7 @@ class DetectorConfig(Strict):
             raise ValueError("heads must be a list, for example [atss, faster_rcnn]")
         named = [{"type": head} if isinstance(head, str) else head for head in heads]
         for head in named:
-            kind = head.get("type") if isinstance(head, dict) else head.type
+            kind = head.get("type") if isinstance(head, dict) else getattr(head, "type", head)
             if kind not in HEAD_TYPES:
                 raise ValueError(f"unknown head '{kind}'; {nearest(str(kind), [*HEAD_TYPES])}")
         return named

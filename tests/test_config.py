@@ -1,0 +1,115 @@
+"""Configuration: what is accepted, and the one line that says what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codetr.config import (
+    AtssConfig,
+    BackboneConfig,
+    ConfigError,
+    DetectorConfig,
+    FasterRcnnConfig,
+    parse,
+    read_yaml,
+)
+
+
+def detector(**settings: Any) -> DetectorConfig:
+    return parse(DetectorConfig, settings, "here.yaml")
+
+
+def test_defaults_are_the_papers_r50() -> None:
+    config = detector(heads=["atss", "faster_rcnn"])
+    assert config.k == 2
+    assert config.strides == (8, 16, 32, 64)
+    assert config.head_strides == (8, 16, 32, 64, 128)
+    assert (config.lambda_1, config.lambda_2) == (1.0, 2.0)
+    assert config.heads == (AtssConfig(), FasterRcnnConfig())
+
+
+def test_weights_of_equation_6() -> None:
+    """With 6 layers and lambda_2 = 2 the heads' losses carry the released configurations' 12."""
+    weights = detector(heads=["atss", "faster_rcnn"], lambda_1=0.5).loss_weights()
+    assert weights["query/5/l1"] == 5
+    assert weights["encoder/cls"] == 2
+    assert weights["positive/atss/0/giou"] == 1
+    assert weights["atss/cls"] == 12
+    assert weights["atss/giou"] == 24
+    assert weights["faster_rcnn/rpn_l1"] == 12
+    assert weights["faster_rcnn/rcnn_giou"] == 120
+
+
+def test_one_stage_has_no_encoder_loss() -> None:
+    weights = detector(queries={"two_stage": False}).loss_weights()
+    assert not any(name.startswith("encoder/") for name in weights)
+
+
+def test_repeated_heads_have_names_of_their_own() -> None:
+    assert detector(heads=["atss", "faster_rcnn", "atss"]).head_names == (
+        "atss",
+        "faster_rcnn",
+        "atss_2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lamda_1": 1}, "unknown key 'lamda_1'; did you mean 'lambda_1'?"),
+        ({"transformer": {"level": 3}}, "transformer: unknown key 'level'; did you mean 'levels'?"),
+        ({"heads": ["ats"]}, "heads: unknown head 'ats'; did you mean 'atss'?"),
+        ({"heads": [{"type": "atss", "conv": 1}]}, "heads.0: unknown key 'conv'"),
+        ({"heads": [{}]}, "unknown head 'None'"),
+        ({"heads": [3]}, "heads"),
+        ({"heads": "atss"}, "heads must be a list, for example [atss, faster_rcnn]"),
+        ({"lambda_2": -1}, "lambda_2: Input should be greater than or equal to 0"),
+        ({"transformer": {"embed_dim": 100}}, "is no multiple of attention_heads=8"),
+        (
+            {"transformer": {"levels": 2}},
+            "transformer.levels=2 is fewer than the 3 backbone.stages",
+        ),
+        ({"queries": {"box_refinement": False}}, "set box_refinement=true"),
+        ({"backbone": {"stages": [3, 2]}}, "stages must be increasing"),
+        ({"backbone": {"name": "resnet52"}}, "backbone.name"),
+    ],
+)
+def test_errors_name_source_key_and_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        detector(**settings)
+    assert str(error.value).startswith("here.yaml: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [1", "not YAML"), (None, "No such file"), ("a: 1", None)]
+)
+def test_reading_yaml(tmp_path: Path, content: str | None, message: str | None) -> None:
+    file = tmp_path / "x.yaml"
+    if content is not None:
+        file.write_text(content)
+    if message is None:
+        assert read_yaml(file) == {"a": 1}
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        read_yaml(file)
+    assert str(file) in str(error.value)
+
+
+def test_tiny_backbone_has_no_published_weights() -> None:
+    from codetr.backbones import Backbone
+
+    with pytest.raises(ConfigError, match=r"backbone\.pretrained=false"):
+        Backbone(BackboneConfig(name="tiny"))
+
+
+def test_configuration_needs_no_torch() -> None:
+    """A plan must be printed at once: importing torch takes seconds."""
+    code = "import sys, codetr.config, codetr; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

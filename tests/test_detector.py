@@ -1,0 +1,209 @@
+"""The detector as a whole, at tiny sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import FASTER_RCNN, tiny_detector
+
+from codetr.config import DetectorConfig
+from codetr.detector import CoDETR, best_pairs
+from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
+
+HEAD_LISTS = [[], ["atss"], [FASTER_RCNN], ["atss", FASTER_RCNN], ["atss", "atss"]]
+
+
+def images(sizes: list[tuple[int, int]]) -> ImageBatch:
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    pixels = torch.zeros(len(sizes), 3, height, width)
+    for image, (h, w) in zip(pixels, sizes, strict=True):
+        image[:, :h, :w] = torch.randn(3, h, w, generator=torch.Generator().manual_seed(h * w))
+    return ImageBatch(pixels, sizes)
+
+
+def objects(count: int, size: tuple[int, int], image_id: int = 0) -> Targets:
+    draw = torch.Generator().manual_seed(count + image_id)
+    corner = torch.rand(count, 2, generator=draw) * 0.6
+    boxes = torch.cat((corner, corner + 0.1 + 0.3 * torch.rand(count, 2, generator=draw)), 1)
+    boxes = boxes * torch.tensor([size[1], size[0]] * 2)
+    labels = torch.randint(3, (count,), generator=draw)
+    return Targets(boxes, labels, image_id, size, seed=image_id)
+
+
+def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
+    torch.manual_seed(0)
+    return CoDETR(config).train()(batch, targets)
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+@pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
+@pytest.mark.parametrize("counts", [(3, 2), (2, 0), (0, 0)], ids=["full", "one empty", "empty"])
+def test_every_trainable_parameter_gets_a_gradient(
+    heads: list, two_stage: bool, counts: tuple[int, int]
+) -> None:
+    batch = images([(64, 96), (48, 64)])
+    targets = [objects(n, s, i) for i, (n, s) in enumerate(zip(counts, batch.sizes, strict=True))]
+    model = CoDETR(tiny_detector(*heads, two_stage=two_stage)).train()
+    output = model(batch, targets)
+    output.total.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
+def test_loss_terms_are_those_of_the_plan(heads: list) -> None:
+    """Names agree with the configuration's weights, and the total is their weighted sum."""
+    config = tiny_detector(*heads, two_stage=True)
+    batch = images([(64, 64)])
+    output = train_losses(config, batch, [objects(3, (64, 64))])
+    weights = config.loss_weights()
+    assert output.losses.keys() == weights.keys()
+    total = sum(weights[name] * value for name, value in output.losses.items())
+    torch.testing.assert_close(output.total, total)
+
+
+def test_arms_start_from_the_same_detector() -> None:
+    """A head neither changes the initial weights of the rest nor those of other heads."""
+    states = []
+    for heads in ([], ["atss"], [FASTER_RCNN, "atss"]):
+        torch.manual_seed(3)
+        states.append(CoDETR(tiny_detector(*heads)).state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(value, state[name]) for name, value in states[0].items())
+    assert all(
+        torch.equal(value, states[2][name.replace("heads.0", "heads.1")])
+        for name, value in states[1].items()
+        if name.startswith("heads.0")
+    )
+
+
+def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
+    batch, targets = images([(64, 96)]), [objects(4, (64, 96))]
+    alone = train_losses(tiny_detector("atss"), batch, targets).losses
+    beside = train_losses(tiny_detector(FASTER_RCNN, "atss"), batch, targets).losses
+    for name, value in alone.items():
+        torch.testing.assert_close(beside[name], value, msg=name)
+
+
+def test_heads_cost_nothing_at_inference() -> None:
+    torch.manual_seed(0)
+    plain = CoDETR(tiny_detector()).eval()
+    torch.manual_seed(0)
+    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    batch = images([(64, 96), (48, 64)])
+    for one, other in zip(plain(batch), collaborative(batch), strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.scores, other.scores)
+    counts = [sum(p.numel() for p in m.inference_parameters()) for m in (plain, collaborative)]
+    assert counts[0] == counts[1] == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
+    """An image's memory and queries are the same alone and beside a larger image."""
+    torch.manual_seed(0)
+    model = CoDETR(tiny_detector(two_stage=two_stage)).eval().double()
+    sizes = [(64, 64), (64, 128)]
+    maps = [torch.randn(2, 32, 64 // s, 128 // s, dtype=torch.double) for s in (8, 16, 32)]
+    together = model.encoder(maps, images(sizes))
+    alone = model.encoder([m[:1, :, :, : m.shape[3] // 2] for m in maps], images(sizes[:1]))
+    valid = ~together.padding[0]
+    torch.testing.assert_close(together.tokens[:1, valid], alone.tokens)
+
+    selections = [model.queries(memory) for memory in (together, alone)]
+    if two_stage:  # tokens in the padding may be selected, but do not change the others' scores
+        logits = [selection.proposals.logits[0, 0] for selection in selections]
+        torch.testing.assert_close(logits[0][valid], logits[1])
+        return
+    boxes = [
+        model.decoder([selection.group], memory)["query"].boxes[:, 0]
+        for selection, memory in zip(selections, (together, alone), strict=True)
+    ]
+    torch.testing.assert_close(boxes[0], boxes[1])
+
+
+@pytest.mark.parametrize("branch", ["query", "atss", "faster_rcnn"])
+def test_every_branch_detects_within_the_image(branch: str) -> None:
+    torch.manual_seed(0)
+    model = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    batch = images([(64, 96), (48, 64)])
+    for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
+        assert isinstance(found, Detections)
+        assert len(found) > 0
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+        assert (found.scores.diff() <= 0).all()
+
+
+def test_unknown_branch_names_the_nearest() -> None:
+    model = CoDETR(tiny_detector("atss")).eval()
+    with pytest.raises(ValueError, match="did you mean 'atss'"):
+        model.detect(images([(32, 32)]), "ats")
+
+
+def test_training_needs_targets() -> None:
+    with pytest.raises(ValueError, match="needs targets"):
+        CoDETR(tiny_detector()).train()(images([(32, 32)]))
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_images_with_fewer_positives_are_filled(padding: str) -> None:
+    """Both ways of filling give the batch one number of queries, and gradients to all."""
+    config = tiny_detector("atss", FASTER_RCNN)
+    positive = config.positive_queries.model_copy(update={"padding": padding})
+    config = config.model_copy(update={"positive_queries": positive})
+    batch = images([(64, 96), (48, 64)])
+    output = train_losses(config, batch, [objects(5, (64, 96)), objects(0, (48, 64), 1)])
+    assert output.total.isfinite()
+
+
+def test_positive_queries_can_be_off() -> None:
+    config = tiny_detector("atss")
+    off = config.positive_queries.model_copy(update={"enabled": False})
+    config = config.model_copy(update={"positive_queries": off})
+    batch, targets = images([(64, 64)]), [objects(2, (64, 64))]
+    losses = train_losses(config, batch, targets).losses
+    assert losses.keys() == config.loss_weights().keys()
+    assert not any(name.startswith("positive/") for name in losses)
+
+
+def test_bf16_autocast() -> None:
+    batch, targets = images([(64, 96)]), [objects(3, (64, 96))]
+    config = tiny_detector("atss", FASTER_RCNN, two_stage=True)
+    exact = train_losses(config, batch, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = train_losses(config, batch, targets)
+    rough.total.backward()
+    assert rough.total.dtype == torch.float32
+    torch.testing.assert_close(rough.total, exact.total, rtol=0.1, atol=0.0)
+
+
+def test_draws_belong_to_the_image() -> None:
+    """The same image gives the same queries in whatever batch it is."""
+    config = tiny_detector(FASTER_RCNN)
+    batch, targets = images([(64, 64)]), [objects(3, (64, 64))]
+    torch.manual_seed(5)
+    model = CoDETR(config).train()
+    losses = [model(batch, targets).total for _ in range(2)]
+    other = model(batch, [replace(targets[0], seed=99)]).total
+    assert losses[0] == losses[1]
+    assert losses[0] != other
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 40))
+def test_best_pairs_are_the_highest_scores(queries: int, classes: int, count: int) -> None:
+    draw = torch.Generator().manual_seed(queries * classes)
+    logits = torch.randn(2, 1, queries, classes, generator=draw)
+    boxes = torch.rand(2, 1, queries, 4, generator=draw)
+    (found,) = best_pairs(GroupPrediction(logits, boxes), [(20, 30)], count)
+    every = logits[-1, 0].sigmoid().flatten().sort(descending=True).values
+    torch.testing.assert_close(found.scores, every[:count])
+    assert len(found) == min(count, queries * classes)
+    best = logits[-1, 0].flatten().argmax()
+    assert found.labels[0] == best % classes
