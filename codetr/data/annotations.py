@@ -61,15 +61,19 @@ class Classes:
             DataError: shows the first class that differs; ``here`` and ``there`` say where the
                 two sets of classes come from.
         """
-        mine = list(zip(self.category_ids, self.names, strict=True))
-        theirs = list(zip(other.category_ids, other.names, strict=True))
-        if mine == theirs:
+        sides = [dict(zip(c.category_ids, c.names, strict=True)) for c in (self, other)]
+        if sides[0] == sides[1]:
             return
-        only = [[c for c in a if c not in b] for a, b in ((mine, theirs), (theirs, mine))]
-        shown = [f"{len(c)} only there{f', first: {c[0][0]} {c[0][1]!r}' * bool(c)}" for c in only]
+
+        def only(mine: dict[int, str], theirs: dict[int, str]) -> str:
+            own = [f"{i} {name!r}" for i, name in mine.items() if theirs.get(i) != name]
+            return f"{len(mine)}, of which only there: {', '.join(own[:3]) or 'none'}" + (
+                f" and {len(own) - 3} more" if len(own) > 3 else ""
+            )
+
         raise DataError(
-            f"classes differ: {here} has {len(mine)} ({shown[0]}), "
-            f"{there} has {len(theirs)} ({shown[1]}); use data with the same categories"
+            f"classes differ: {here} has {only(*sides)}; {there} has {only(*sides[::-1])}; "
+            "use data with the same categories"
         )
 
 

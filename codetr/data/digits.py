@@ -148,6 +148,8 @@ def cached_digits(*, lvis: bool = False, progress: Progress | None = None) -> Pa
     cache_home.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_home / f".{recipe.folder_name}.lock"):
         if not directory.is_dir():
+            for leftover in cache_home.glob(f".{recipe.folder_name}-*"):  # of a killed process
+                shutil.rmtree(leftover)
             make_digits(directory, **asdict(recipe), progress=progress)
     return directory
 

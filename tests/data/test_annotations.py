@@ -155,7 +155,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_classes_that_differ_are_shown() -> None:
     mine, theirs = Classes(("a", "b"), (1, 2)), Classes(("a", "c"), (1, 2))
     mine.require_same(mine, "train", "val")
-    with pytest.raises(DataError, match=r"train has 2 .*2 'b'.*val has 2 .*2 'c'"):
+    with pytest.raises(DataError, match=r"train has 2, .*2 'b'; val has 2, .*2 'c';"):
         mine.require_same(theirs, "train", "val")
 
 
