@@ -86,7 +86,9 @@ def test_decoded_sides_are_bounded() -> None:
 
 def test_deltas_are_decoded_in_float32() -> None:
     anchors = random_boxes(3)
-    assert ours.decode_deltas(anchors, torch.ones(3, 4, dtype=torch.bfloat16)).dtype == torch.float32
+    assert (
+        ours.decode_deltas(anchors, torch.ones(3, 4, dtype=torch.bfloat16)).dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
