@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from codetr.config import ConfigError, Strict, nearest, parse, read_yaml
 from orchestrator.share import share
 
+Settings = dict[str, Any]
 ProfileName = Literal["laptop", "paper"]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
@@ -22,13 +23,15 @@ Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 class Layer(Strict):
     """Some settings of detector, training and data; what is absent comes from the layer below."""
 
-    detector: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    data: dict[str, Any] = {}
+    detector: Settings = Field(default_factory=dict)
+    heads: dict[str, Settings] = Field(default_factory=dict)
+    """Settings of auxiliary heads by their kind, for arms that only name them."""
+    training: Settings = Field(default_factory=dict)
+    data: Settings = Field(default_factory=dict)
 
     @property
-    def settings(self) -> dict[str, dict[str, Any]]:
-        return {"detector": self.detector, "training": self.training, "data": self.data}
+    def settings(self) -> dict[str, Settings]:
+        return {name: getattr(self, name) for name in ("detector", "heads", "training", "data")}
 
 
 class Resources(Strict):
@@ -49,14 +52,14 @@ class PaperRows(Strict):
     table: str
     column: str = "ap"
     """Column with the AP, or with a list that starts with it."""
-    row: dict[str, Any] = {}
+    row: Settings = Field(default_factory=dict)
     """What every row of this experiment has in common."""
 
 
 class Arm(Layer):
     """One of the things compared."""
 
-    paper: dict[str, Any] | None = None
+    paper: Settings | None = None
     """Tells the paper's row for this arm from the others; absent: the paper has none."""
 
 
@@ -84,25 +87,26 @@ class Experiment(Layer):
 
     @model_validator(mode="after")
     def _arms_exist(self) -> Self:
-        for name, profile in self.profiles.items():
+        for profile_name, profile in self.profiles.items():
             for arm in profile.arms or ():
                 if arm not in self.arms:
-                    raise ValueError(
-                        f"profiles.{name}.arms: no arm '{arm}'; {nearest(arm, [*self.arms])}"
-                    )
-        for name, arm in self.arms.items():
-            if arm.paper is not None and self.paper is None:
-                raise ValueError(f"arms.{name}.paper needs the experiment's own 'paper: table: …'")
+                    hint = nearest(arm, [*self.arms])
+                    raise ValueError(f"profiles.{profile_name}.arms: no arm '{arm}'; {hint}")
+        for arm_name, settings in self.arms.items():
+            if settings.paper is not None and self.paper is None:
+                raise ValueError(f"arms.{arm_name}.paper needs the experiment's 'paper: table: …'")
         return self
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: Settings, above: Settings) -> Settings:
     """``above`` laid over ``below``, key by key in nested mappings; lists are replaced."""
     merged = dict(below)
     for key, value in above.items():
         beneath = merged.get(key)
-        both = isinstance(beneath, dict) and isinstance(value, dict)
-        merged[key] = merge(beneath, value) if both else value
+        if isinstance(beneath, dict) and isinstance(value, dict):
+            merged[key] = merge(beneath, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -162,4 +166,3 @@ def paper_ap(experiment: Experiment, arm: str) -> float | None:
         raise ConfigError(f"{source}: {len(rows)} rows of {where.table} have {wanted}, not one")
     value = rows[0][where.column]
     return float(value[0] if isinstance(value, list) else value)
-

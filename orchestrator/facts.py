@@ -77,9 +77,9 @@ def _digest_and_images(path: Path) -> tuple[str, int]:
 
 
 def _digits_facts(*, lvis: bool) -> DataFacts:
-    from codetr.data.digits import Recipe
+    from codetr.data.digits import embedded_recipe
 
-    recipe = Recipe(lvis, seed=0, train_images=1000 if lvis else 2000, val_images=200, size=96)
+    recipe = embedded_recipe(lvis=lvis)
     return DataFacts(
         classes=len(recipe.class_names),
         train_images=recipe.train_images,

@@ -33,8 +33,7 @@ class Interrupts:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._on_signal)
+        self._previous = self.install()
         return self
 
     def __exit__(
@@ -46,18 +45,24 @@ class Interrupts:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
+    def install(self) -> dict[int, object]:
+        """Take the signals, also from a library that has taken them meanwhile; returns the
+        handlers until now."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        return {signum: signal.signal(signum, self._on_signal) for signum in signals}
+
     @contextmanager
     def shield(self) -> Iterator[None]:
         """What must not be torn apart: a first signal is raised at its end."""
-        self._shielded = True
+        before, self._shielded = self.received, True
         try:
             yield
         finally:
             self._shielded = False
-        if self.received is not None:
+        if self.received is not None and self.received is not before:
             raise Interrupted(self.received)
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             end_processes(descendants(), patience=0)
             os._exit(128 + signum)

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from codetr.config import (
+    HEAD_TYPES,
     ConfigError,
     DataConfig,
     DetectorConfig,
@@ -25,7 +26,15 @@ from codetr.config import (
     nearest,
     parse,
 )
-from orchestrator.experiment import Experiment, Layer, Profile, ProfileName, Resources, merge, paper_ap
+from orchestrator.experiment import (
+    Experiment,
+    Layer,
+    Profile,
+    ProfileName,
+    Resources,
+    merge,
+    paper_ap,
+)
 from orchestrator.facts import DataFacts, data_facts
 from orchestrator.settings import parse_settings
 
@@ -187,7 +196,9 @@ def choose_profile(experiment: Experiment, options: Options) -> tuple[ProfileNam
     else:
         name, reason = "laptop", f"{found}{', no --data' if gpus else ''}"
     if name not in experiment.profiles:
-        raise ConfigError(f"{experiment.name} has no profile '{name}'; {nearest(name, [*experiment.profiles])}")
+        raise ConfigError(
+            f"{experiment.name} has no profile '{name}'; {nearest(name, [*experiment.profiles])}"
+        )
     others = [other for other in experiment.profiles if other != name]
     choose = f"; choose with --profile {'|'.join(others)}" if others else ""
     return name, f"Profile {name} ({reason}): {experiment.profiles[name].about}{choose}"
@@ -237,10 +248,24 @@ def _configure(
     for source, layers in sources:
         for layer in layers:
             merged = merge(merged, layer.settings)
-        detector = parse(DetectorConfig, merged["detector"], f"{source}: detector")
+        detector = parse(DetectorConfig, _with_heads(merged, source), f"{source}: detector")
         training = parse(TrainingConfig, merged["training"], f"{source}: training")
         data = parse(DataConfig, merged["data"], f"{source}: data")
     return detector, training, data
+
+
+def _with_heads(merged: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
+    """The detector's settings, its heads with those that are given for their kind."""
+    by_kind = merged["heads"]
+    for kind in by_kind:
+        if kind not in HEAD_TYPES:
+            raise ConfigError(f"{source}: heads: no head '{kind}'; {nearest(kind, [*HEAD_TYPES])}")
+    heads = merged["detector"].get("heads", [])
+    if not isinstance(heads, list):
+        return merged["detector"]  # refused by the detector's own check, with a better text
+    named = [{"type": head} if isinstance(head, str) else head for head in heads]
+    full = [merge(by_kind.get(str(head.get("type")), {}), head) for head in named]
+    return {**merged["detector"], "heads": full}
 
 
 def _with_classes(detector: DetectorConfig, facts: DataFacts) -> DetectorConfig:

@@ -8,11 +8,23 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from codetr.config import ConfigError, DataConfig, DetectorConfig, TrainingConfig, nearest
+from codetr.config import (
+    AtssConfig,
+    ConfigError,
+    DataConfig,
+    DetectorConfig,
+    FasterRcnnConfig,
+    TrainingConfig,
+    nearest,
+)
 from orchestrator.experiment import Layer
 
 _ROOTS: dict[str, type[BaseModel]] = {
     "detector": DetectorConfig,
+    **{
+        f"heads.{head.model_fields['type'].default}": head
+        for head in (AtssConfig, FasterRcnnConfig)
+    },
     "training": TrainingConfig,
     "data": DataConfig,
 }
@@ -28,6 +40,8 @@ def _keys(model: type[BaseModel], prefix: str) -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         inner = field.annotation
+        if name == "type":
+            continue  # chosen by detector.heads
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             keys += _keys(inner, f"{prefix}.{name}")
         else:
@@ -47,11 +61,15 @@ def full_key(key: str) -> str:
         return fits[0]
     if fits:
         raise ConfigError(f"--set {key}: which one: {', '.join(fits)}?")
-    leaves = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
+    leaves = [k for k in keys if _leaf(k) == _leaf(key)]
     hint = f"did you mean {' or '.join(leaves)}?" if leaves else nearest(key, [*keys])
     if hint.startswith("valid:"):
         hint = "docs/experiments.md lists the settings"
     raise ConfigError(f"--set {key}: no such setting; {hint}")
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def parse_settings(assignments: list[str]) -> Layer:

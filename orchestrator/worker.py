@@ -7,6 +7,7 @@ where to go on, and whom to tell.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,7 @@ def _train(trial: Trial, cpus: int, tell: Messenger) -> None:
             evaluation = evaluate(state.model, val_loader, val_set, trial.data.engine)
             state.metrics = evaluation.metrics.summary
             state.cost = state.cost + evaluation.cost
-            values |= {f"val/{name}": value for name, value in state.metrics.items()}
+            values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
         values |= _cost_values(state.cost, parameters)
         history.append(Epoch(epoch, state.step, values))
         _report(state, history, evaluation, val_set, context.get_world_rank())
@@ -142,6 +143,11 @@ def _training_values(report: Any) -> dict[str, float]:
     }
 
 
+def _measured(values: dict[str, float]) -> dict[str, float]:
+    """Without what is undefined, as the AP of large objects where there are none."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
 def _cost_values(cost: Any, parameters: Any) -> dict[str, float]:
     """What the trial has cost so far, its evaluations included."""
     return {
@@ -159,8 +165,8 @@ def _report(state: Any, history: History, evaluation: Any, val_set: Any, rank: i
     import ray.train
 
     metrics: dict[str, Any] = {"epoch": state.epoch, "history": [asdict(e) for e in history]}
-    if evaluation is not None:
-        metrics["AP"] = state.metrics["AP"]
+    if "val/AP" in history[-1].values:
+        metrics["AP"] = history[-1].values["val/AP"]  # ranks the checkpoints
     if rank != 0:
         ray.train.report(metrics, checkpoint=None)
         return

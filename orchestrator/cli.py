@@ -1,0 +1,345 @@
+"""The command line: parse, call, print. Imports that take time stay inside the commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
+    from orchestrator.runner import Outcome
+
+app = typer.Typer(
+    help="Co-DETR and the laboratory around it: run an experiment, look at data, use a detector.",
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make the embedded data set; check any.")
+app.add_typer(data_app, name="data")
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", help="Folder for everything that runs write.")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", help="Folder in COCO layout, or digits, or digits-lvis.")
+]
+
+
+def main() -> NoReturn:
+    """Run a command; the user's mistakes are one line and exit code 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.TyperException as error:
+        code = _complain(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except ValueError as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        code = _complain(str(error), 2)
+    sys.exit(code or 0)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"codetr: {message}", file=sys.stderr)
+    return code
+
+
+def _user_errors() -> tuple[type[ValueError], ...]:
+    from codetr.config import ConfigError
+    from codetr.data.errors import DataError
+
+    # Importing it would import torch; what was not imported was not raised.
+    checkpoint = sys.modules.get("codetr.checkpoint")
+    return (ConfigError, DataError, *([checkpoint.CheckpointError] if checkpoint else []))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import codetr
+
+        print(f"codetr {codetr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="Name ('codetr experiments') or YAML file.")],
+    *,
+    profile: Annotated[
+        Literal["laptop", "paper"] | None,
+        typer.Option(help="Its size. Default: laptop, or paper with a GPU and --data."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder in COCO layout, or digits, or digits-lvis."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of every arm, as 0,1,2.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Training workers that share each trial's batch.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each worker; 0 trains on CPUs.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as lambda_1=0.5."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that are broken.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of folder and MLflow experiment."),
+    ] = None,
+    output: OutputOption = Path("runs"),
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database. Default: OUTPUT/mlflow.db.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
+    ] = None,
+) -> None:
+    """Run an experiment: train every arm with every seed, and compare.
+
+    The same command again goes on where it stopped, and trains nothing twice.
+    """
+    from rich.console import Console
+
+    from orchestrator.console import show_plan, view_for
+    from orchestrator.experiment import load_experiment
+    from orchestrator.plan import Options, make_plan
+
+    options = Options(
+        profile=profile,
+        data=data,
+        seeds=_seeds(seeds),
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        concurrency=concurrency,
+        settings=tuple(set_ or ()),
+        skip_bad=skip_bad,
+        name=name,
+        output=output,
+        tracking_uri=tracking_uri,
+        address=address or None,
+    )
+    plan = make_plan(load_experiment(experiment), options)
+    console = Console()
+    console.print(plan.why, markup=False, highlight=False, soft_wrap=True)
+    show_plan(console, plan)
+    if dry_run:
+        return
+    from orchestrator.interrupt import Interrupted
+    from orchestrator.runner import run_plan
+
+    try:
+        with view_for(console) as view:
+            outcome = run_plan(plan, view)
+    except Interrupted as signal:
+        raise typer.Exit(signal.exit_code) from None
+    _print_outcome(plan, outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not as 0,1,2", param_hint="--seeds") from None
+
+
+def _print_outcome(plan: Plan, outcome: Outcome) -> None:
+    from rich.console import Console
+
+    from orchestrator.console import show_results
+    from orchestrator.tracking import without_password
+
+    console = Console(soft_wrap=True, highlight=False)
+    show_results(console, outcome.results)
+    for file in outcome.files:
+        console.print(f"  {file}", markup=False)
+    for result in outcome.results:
+        if result.best is not None:
+            console.print(f"  {result.best}  [dim]best checkpoint of {result.trial.arm}, "
+                          f"seed {result.trial.seed}[/]")  # fmt: skip
+    if outcome.logs is not None:
+        console.print(f"  {outcome.logs}  [dim]logs of the failed[/]")
+    if plan.tracking_uri.startswith(("http://", "https://")):
+        console.print(f"MLflow: {without_password(plan.tracking_uri)}", markup=False)
+    else:
+        console.print(f"MLflow: {_this_command()} ui{_output_option(plan.output)}", markup=False)
+
+
+def _this_command() -> str:
+    """How the user called this program: by its path where it is not on PATH."""
+    called = Path(sys.argv[0])
+    return called.name if shutil.which(called.name) == str(called.absolute()) else str(called)
+
+
+def _output_option(output: Path) -> str:
+    return "" if output == Path("runs").absolute() else f" --output {output}"
+
+
+@app.command()
+def experiments() -> None:
+    """List what can be run."""
+    from orchestrator.experiment import experiment_files, load_experiment
+
+    files = experiment_files()
+    for name in files:
+        found = load_experiment(name)
+        sizes = f"{len(found.arms)} arms; {', '.join(found.profiles)}"
+        print(f"{name:<{max(map(len, files))}}  {found.question} ({sizes})")
+
+
+@app.command()
+def ui(
+    output: OutputOption = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open the MLflow UI of the runs below OUTPUT, on 127.0.0.1."""
+    from codetr.config import ConfigError
+
+    store = output.expanduser().absolute() / "mlflow.db"
+    if not store.exists():
+        raise ConfigError(f"{store}: no such file: run an experiment first, or give --output")
+    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    arguments = {
+        "--backend-store-uri": f"sqlite:///{store}",
+        "--artifacts-destination": str(store.parent / "artifacts"),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+    }
+    flat = [word for pair in arguments.items() for word in pair]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *flat])
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@data_app.command("digits")
+def data_digits(
+    directory: Annotated[Path, typer.Argument(help="New or empty folder.")],
+    *,
+    lvis: Annotated[bool, typer.Option("--lvis", help="Long-tailed, LVIS annotations.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train_images: Annotated[int, typer.Option(min=1)] = 2000,
+    val_images: Annotated[int, typer.Option(min=1)] = 200,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 96,
+) -> None:
+    """Write the embedded data set: handwritten digits on photographs, in COCO layout."""
+    from rich.progress import Progress
+
+    from codetr.data.digits import make_digits
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("making images", total=train_images + val_images)
+        make_digits(
+            directory,
+            lvis=lvis,
+            seed=seed,
+            train_images=train_images,
+            val_images=val_images,
+            size=size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{directory}: {train_images} training and {val_images} validation images")
+
+
+@data_app.command("check")
+def data_check(
+    directory: Annotated[Path, typer.Argument(help="Folder in COCO layout.")],
+    decode: Annotated[bool, typer.Option(help="Also decode every image.")] = True,
+) -> None:
+    """Count what is in a data set, and list everything that is wrong with it."""
+    from rich.console import Console
+
+    from codetr.data.check import check_dataset
+    from orchestrator.console import show_dataset
+
+    report = check_dataset(directory, decode=decode)
+    show_dataset(Console(highlight=False), report)
+    raise typer.Exit(int(bool(report.problems)))
+
+
+# --------------------------------------------------------------------------------- using a detector
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="Checkpoint file, or the folder that holds it.")
+]
+BranchOption = Annotated[
+    str, typer.Option(help="query, or the name of an auxiliary head to look at it alone.")
+]
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointArgument,
+    *,
+    data: DataOption,
+    branch: BranchOption = "query",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option()] = "hotcoco",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the metrics to this file.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint on the validation images of a data set."""
+    from rich.console import Console
+
+    from orchestrator.console import show_metrics
+    from orchestrator.use import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(
+        checkpoint, data, branch=branch, batch_size=batch_size, engine=engine, json_file=json_file
+    )
+    show_metrics(Console(highlight=False), metrics)
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    output: Annotated[Path, typer.Option(help="Folder for pictures and JSON.")] = Path(
+        "predictions"
+    ),
+    min_score: Annotated[
+        float, typer.Option(min=0, max=1, help="Pictures show no detection below it.")
+    ] = 0.3,
+    branch: BranchOption = "query",
+) -> None:
+    """Detect objects: a picture with boxes for each image, and all detections as COCO JSON."""
+    from orchestrator.use import predict_images
+
+    for path in predict_images(checkpoint, images, output, min_score=min_score, branch=branch):
+        print(path)

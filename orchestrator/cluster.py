@@ -1,0 +1,106 @@
+"""Ray: the cluster that a plan runs on, started here or joined."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from codetr.config import ConfigError
+from orchestrator.interrupt import descendants, end_processes
+from orchestrator.plan import Plan, local_cpus
+
+_ENVIRONMENT = {
+    # Every port of a cluster that is started here listens on 127.0.0.1 alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Workers without a GPU still see that there is none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The default of 2 s is spent several times while a worker group starts and ends.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+_LOCAL_ENVIRONMENT = {
+    # Watches for nodes about to be taken away: a process for each trial, and there is one node.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Only arguments and reports pass through it; the default is a third of the memory."""
+
+
+class Cluster:
+    """The Ray cluster of a plan, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._session: Path | None = None
+        self._started = False
+
+    def start(self) -> None:
+        """Join the plan's cluster, or start one on this machine.
+
+        Raises:
+            ConfigError: the cluster does not answer.
+        """
+        local = self.plan.address is None
+        for key, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if local else {})).items():
+            os.environ.setdefault(key, value)
+        import ray
+
+        self._started = True
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "codetr"}
+        if not local:
+            try:
+                ray.init(address=self.plan.address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"--address {self.plan.address}: no Ray cluster there: {reason}"
+                ) from None
+            return
+        context = ray.init(
+            address="local",
+            num_cpus=local_cpus(),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        self._session = Path(context.address_info["session_dir"])
+
+    def slots(self) -> int:
+        """How many of the plan's trials run at a time.
+
+        Raises:
+            ConfigError: not even one fits; says what is there.
+        """
+        import ray
+
+        there = ray.cluster_resources()
+        cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+        fit = int(cpus // self.plan.cpus_per_trial)
+        if self.plan.gpus_per_trial:
+            fit = min(fit, int(gpus // self.plan.gpus_per_trial))
+        if fit < 1:
+            raise ConfigError(
+                f"one trial needs {self.plan.cpus_per_trial} CPUs and "
+                f"{self.plan.gpus_per_trial:g} GPUs, Ray has {cpus:g} and {gpus:g}: use fewer "
+                "--workers or --gpus-per-worker"
+            )
+        return min(fit, self.plan.resources.concurrency or fit)
+
+    def stop(self, *, keep_logs: bool) -> None:
+        """Leave the cluster, or end the one started here: all its processes, and its files unless
+        they are needed to see what went wrong."""
+        if not self._started:
+            return
+        import ray
+
+        processes = descendants() if self._session else []
+        ray.shutdown()
+        end_processes(processes, patience=5)
+        if self._session and not keep_logs:
+            shutil.rmtree(self._session, ignore_errors=True)
+
+    @property
+    def logs(self) -> Path | None:
+        return self._session and self._session / "logs"

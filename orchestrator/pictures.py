@@ -1,0 +1,261 @@
+"""The pictures of an experiment: curves, the comparison with the paper, detections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+from orchestrator.board import Epoch
+from orchestrator.plan import Plan
+from orchestrator.results import ArmSummary, TrialResult, summarise
+from orchestrator.worker import PREDICTIONS
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from codetr.data import CocoDataset
+    from codetr.structures import Detections
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which colour-blind readers can tell apart; without yellow, unseen on white."""
+
+_STYLE = {
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+
+
+def draw_all(plan: Plan, results: list[TrialResult]) -> list[Path]:
+    """Every picture for which there is something to show; returns their paths."""
+    if not any(result.evaluated for result in results):
+        return []
+    return [
+        draw_ap_by_epoch(results, plan.folder / "ap_by_epoch.png"),
+        draw_ap_by_arm(results, plan.folder / "ap_by_arm.png"),
+        *draw_detections(results, plan.folder / "detections.png"),
+    ]
+
+
+def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
+    """AP against epoch: every seed a thin line, each arm's mean a thick one."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        colours = _colours(results)
+        for arm, trials in _by_arm(results).items():
+            colour = colours[arm]
+            curves = [{e.epoch: 100 * e.values["val/AP"] for e in t.evaluated} for t in trials]
+            for curve in curves if len(curves) > 1 else []:
+                axes.plot([*curve], [*curve.values()], color=colour, linewidth=0.8, alpha=0.5)
+            # The mean only where every seed was evaluated, or it would jump.
+            common = sorted(set.intersection(*map(set, curves)))
+            means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in common]
+            axes.plot(common, means, color=colour, linewidth=2.2, marker="o", label=arm)
+        axes.set(xlabel="epoch", ylabel="AP (%)")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper left")
+        axes.set_title("AP on the validation images", loc="left")
+        return _save(figure, path)
+
+
+def draw_ap_by_arm(results: list[TrialResult], path: Path) -> Path:
+    """Final AP of each arm, every seed a dot, beside the paper's table."""
+    summaries = summarise(results)
+    columns = 1 + any(summary.paper_ap is not None for summary in summaries)
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(
+            1, columns, figsize=(4.2 * columns, 3.8), layout="constrained", squeeze=False
+        )
+        measured = [_Column(s.arm, s.aps, s.ap, s.gain) for s in summaries]
+        _draw_columns(panels[0][0], "measured here", measured)
+        if columns == 2:
+            paper = [_paper_column(s) for s in summaries]
+            _draw_columns(panels[0][1], "the paper, COCO val2017", paper)
+        panels[0][0].set_ylabel("AP (%) after the last epoch")
+        return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One arm in a panel: its dots, their mean, and its gain over the first arm."""
+
+    arm: str
+    dots: Sequence[float]
+    mean: float | None
+    gain: float | None
+
+
+def _paper_column(summary: ArmSummary) -> _Column:
+    dots = [] if summary.paper_ap is None else [summary.paper_ap]
+    return _Column(summary.arm, dots, summary.paper_ap, summary.paper_gain)
+
+
+def _draw_columns(axes: Axes, title: str, columns: list[_Column]) -> None:
+    for x, (colour, column) in enumerate(zip(cycle(COLOURS), columns, strict=False)):
+        axes.scatter([x] * len(column.dots), column.dots, color=colour, s=36, zorder=3)
+        if column.mean is None:
+            continue
+        axes.hlines(column.mean, x - 0.25, x + 0.25, color=colour, linewidth=2)
+        gain = "" if column.gain is None else f"\n{column.gain:+.1f}"
+        axes.annotate(
+            f"{column.mean:.1f}{gain}",
+            (x + 0.25, column.mean),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    dots = [dot for column in columns for dot in column.dots]
+    if dots:
+        margin = max(0.25 * (max(dots) - min(dots)), 0.5)
+        axes.set_ylim(max(0, min(dots) - margin), max(dots) + margin)
+    axes.set_xticks(range(len(columns)), [_two_lines(column.arm) for column in columns])
+    axes.set_xlim(-0.5, len(columns) - 0.25)
+    axes.grid(visible=False, axis="x")
+    axes.set_title(title, loc="left")
+
+
+def _two_lines(arm: str) -> str:
+    """``K=2 ATSS + Faster R-CNN`` -> its first word above the rest."""
+    return arm.replace(" ", "\n", 1)
+
+
+def draw_curves(result: TrialResult, path: Path) -> Path:
+    """One trial: loss and AP against epoch."""
+    history = result.history
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        left.plot(*_points(history, "train/total", 1), color=COLOURS[1], marker="o")
+        left.set(xlabel="epoch", ylabel="total loss (equation 6)")
+        for colour, name in zip(COLOURS, ("AP", "AP50", "AP75"), strict=False):
+            points = _points(history, f"val/{name}", 100)
+            right.plot(*points, color=colour, marker="o", label=name)
+        right.set(xlabel="epoch", ylabel="AP (%)")
+        right.set_ylim(bottom=0)
+        right.legend()
+        for axes in (left, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(f"{result.trial.arm}, seed {result.trial.seed}")
+        return _save(figure, path)
+
+
+def _points(history: list[Epoch], name: str, scale: float) -> tuple[list[int], list[float]]:
+    rows = [(e.epoch, scale * e.values[name]) for e in history if name in e.values]
+    return [epoch for epoch, _ in rows], [value for _, value in rows]
+
+
+# -------------------------------------------------------------------------------------- detections
+
+
+def draw_detections(results: list[TrialResult], path: Path, images: int = 4) -> list[Path]:
+    """Validation images, row by row: the ground truth, then what each arm's first seed found.
+
+    Returns no path where this machine does not have the predictions, or not the images.
+    """
+    from codetr.data import DataError, open_dataset
+
+    firsts = [trials[0] for trials in _by_arm(results).values()]
+    shown = [t for t in firsts if t.best is not None and (t.best / PREDICTIONS).exists()]
+    if not shown:
+        return []
+    try:
+        dataset = open_dataset(shown[0].trial.data, "val")
+    except DataError:  # the data is on the cluster alone
+        return []
+    dataset.transform = None
+    chosen = _interesting(dataset, images)
+    found = [_read_predictions(t.best / PREDICTIONS, dataset) for t in shown if t.best]
+    with plt.rc_context({**_STYLE, "axes.grid": False, "font.size": 9}):
+        figure, panels = plt.subplots(
+            len(chosen),
+            1 + len(shown),
+            figsize=(2.6 * (1 + len(shown)), 2.6 * len(chosen) + 0.3),
+            layout="constrained",
+            squeeze=False,
+        )
+        for row, index in zip(panels, chosen, strict=True):
+            _draw_row(row, dataset, index, found)
+        for axes, title in zip(
+            panels[0], ["ground truth", *(t.trial.arm for t in shown)], strict=True
+        ):
+            axes.set_title(title)
+        return [_save(figure, path)]
+
+
+def _draw_row(
+    row: Sequence[Any], dataset: CocoDataset, index: int, found: list[dict[int, Detections]]
+) -> None:
+    from codetr.inference import draw
+
+    image, targets = dataset[index]
+    objects: list[Any] = [targets, *(detections[targets.image_id] for detections in found)]
+    for axes, boxes in zip(row, objects, strict=True):
+        axes.imshow(draw(image, boxes, dataset.classes, side=300))
+        axes.axis("off")
+
+
+def _interesting(dataset: CocoDataset, images: int) -> list[int]:
+    """Images spread evenly over those with at least two objects, or over all."""
+    counts = dataset.table.starts[1:] - dataset.table.starts[:-1]
+    crowded = [i for i, count in enumerate(counts) if count >= 2] or [*range(len(dataset))]
+    count = min(images, len(crowded))
+    return [crowded[i * len(crowded) // count] for i in range(count)]
+
+
+def _read_predictions(path: Path, dataset: CocoDataset) -> dict[int, Detections]:
+    """COCO results as detections by image id; images without any have an empty entry."""
+    import torch
+
+    from codetr.structures import Detections
+
+    number = {category: i for i, category in enumerate(dataset.classes.category_ids)}
+    rows: dict[int, list[list[float]]] = {int(i): [] for i in dataset.table.image_ids}
+    for found in json.loads(path.read_text()):
+        x, y, width, height = found["bbox"]
+        rows[found["image_id"]].append(
+            [x, y, x + width, y + height, found["score"], number[found["category_id"]]]
+        )
+    tensors = {image: torch.tensor(r).reshape(-1, 6) for image, r in rows.items()}
+    return {
+        image: Detections(boxes=t[:, :4], scores=t[:, 4], labels=t[:, 5].long())
+        for image, t in tensors.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------ shared
+
+
+def _by_arm(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
+    """The evaluated trials of each arm."""
+    arms: dict[str, list[TrialResult]] = {}
+    for result in results:
+        if result.evaluated:
+            arms.setdefault(result.trial.arm, []).append(result)
+    return arms
+
+
+def _colours(results: list[TrialResult]) -> dict[str, str]:
+    """Every arm keeps its colour, whichever of them are shown."""
+    arms = dict.fromkeys(result.trial.arm for result in results)
+    return dict(zip(arms, cycle(COLOURS), strict=False))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path

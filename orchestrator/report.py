@@ -1,0 +1,151 @@
+"""Tables on disk: measured numbers beside the paper's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import yaml
+
+from orchestrator.plan import Plan
+from orchestrator.results import ArmSummary, TrialResult, Value, row, summarise
+from orchestrator.tracking import configuration
+from orchestrator.worker import PER_CLASS
+
+CSV, MARKDOWN = "results.csv", "results.md"
+
+
+def write_tables(plan: Plan, results: list[TrialResult]) -> list[Path]:
+    """Write ``results.csv`` and ``results.md`` in the plan's folder, and return their paths."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    contents = {CSV: csv_table(results), MARKDOWN: markdown(plan, results)}
+    paths = []
+    for name, content in contents.items():
+        path = plan.folder / name
+        draft = path.with_name(f".{name}")
+        draft.write_text(content)
+        draft.replace(path)
+        paths.append(path)
+    return paths
+
+
+def csv_table(results: list[TrialResult]) -> str:
+    rows = [row(result) for result in results]
+    columns = dict.fromkeys(key for r in rows for key in r)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns], lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown(plan: Plan, results: list[TrialResult]) -> str:
+    """The experiment's question and its answer: arms beside the paper, then every trial."""
+    experiment, trial = plan.experiment, plan.trials[0]
+    facts, training = trial.facts, trial.training
+    lines = [
+        f"# {plan.name}",
+        "",
+        experiment.question,
+        "",
+        f"Profile {plan.profile}: {facts.train_images} training and {facts.val_images} validation "
+        f"images of `{trial.data.dataset}` ({facts.fingerprint}), {training.epochs} epochs of "
+        f"{trial.steps_per_epoch} steps, global batch {training.batch_size}. "
+        "AP in percent after the last epoch.",
+        "",
+        *_table(SUMMARY_HEAD, [summary_cells(summary) for summary in summarise(results)]),
+    ]
+    if experiment.paper is not None:
+        lines += [
+            "",
+            f"Paper: `{experiment.paper.table}`, COCO val2017. "
+            "Other data and other sizes give other numbers: compare the gains.",
+        ]
+    lines += ["", "## Trials", "", *_table(TRIAL_HEAD, [trial_cells(result) for result in results])]
+    failed = [result for result in results if result.reason]
+    lines += [f"\n**{r.trial.arm}, seed {r.trial.seed}, failed:** {r.reason}" for r in failed]
+    return "\n".join(lines) + "\n"
+
+
+SUMMARY_HEAD = ("arm", "AP", "gain", "paper's AP", "paper's gain")
+TRIAL_HEAD = (
+    "arm", "seed", "status", "AP", "AP50", "AP75", "small", "medium", "large",
+    "core-h", "GPU-h", "s/step", "images/s", "peak MB", "M params training", "inference",
+)  # fmt: skip
+
+
+def summary_cells(summary: ArmSummary) -> list[str]:
+    spread = ""
+    if len(summary.aps) > 1:
+        spread = f" ({min(summary.aps):.1f}–{max(summary.aps):.1f}, {len(summary.aps)} seeds)"
+    return [
+        summary.arm,
+        _number(summary.ap, ".1f") + spread,
+        _number(summary.gain, "+.1f"),
+        _number(summary.paper_ap, ".1f"),
+        _number(summary.paper_gain, "+.1f"),
+    ]
+
+
+def trial_cells(result: TrialResult) -> list[str]:
+    r = row(result)
+    training, inference = r["parameters_training"], r["parameters_inference"]
+    return [
+        str(r["arm"]),
+        str(r["seed"]),
+        str(r["status"]),
+        *(
+            _number(r[name], ".1f")
+            for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+        ),
+        _number(r["core_hours"], ".3f"),
+        _number(r["gpu_hours"] or None, ".2f"),
+        _number(r["seconds_per_step"], ".3f"),
+        _number(r["images_per_second"], ".1f"),
+        _number(r["peak_memory_mb"], ".0f"),
+        *(
+            _number(count / 1e6 if isinstance(count, int) else None, ".2f")
+            for count in (training, inference)
+        ),
+    ]
+
+
+def _number(value: Value, form: str) -> str:
+    return format(value, form) if isinstance(value, (int, float)) else "–"
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+# ------------------------------------------------------------------------------ files of one trial
+
+
+def write_trial_files(plan: Plan, result: TrialResult) -> list[Path]:
+    """Write the trial's configuration, AP per class and curves beside its checkpoints; return
+    these and the predictions."""
+    from orchestrator.pictures import draw_curves
+
+    folder = plan.store / result.trial.name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(configuration(result.trial), sort_keys=False))
+    files = [config]
+    if result.history:
+        files.append(draw_curves(result, folder / "curves.png"))
+    if result.best is not None and (result.best / PER_CLASS).exists():
+        files += [_per_class_table(result.best, folder), result.best / "predictions.json"]
+    return files
+
+
+def _per_class_table(checkpoint: Path, folder: Path) -> Path:
+    per_class: dict[str, float] = json.loads((checkpoint / PER_CLASS).read_text())
+    path = folder / "per_class_AP.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["class", "AP"])
+        writer.writerows([name, round(100 * ap, 2)] for name, ap in per_class.items())
+    return path

@@ -1,0 +1,128 @@
+"""What came of a trial, and the rows of the table that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from orchestrator.board import Epoch, History
+from orchestrator.plan import Trial
+
+State = Literal["finished", "failed", "interrupted", "not started"]
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+LVIS_METRICS = ("APr", "APc", "APf")
+Value = float | int | str | None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended.
+
+    Attributes:
+        history: of its finished epochs.
+        reason: why it failed.
+        last, best: folders of the last checkpoint and of the one with the highest AP.
+    """
+
+    trial: Trial
+    state: State
+    history: History
+    reason: str | None = None
+    last: Path | None = None
+    best: Path | None = None
+
+    @property
+    def evaluated(self) -> list[Epoch]:
+        """The epochs after which the detector was evaluated."""
+        return [epoch for epoch in self.history if "val/AP" in epoch.values]
+
+    def metric(self, name: str) -> float | None:
+        """The metric of the last evaluation in percent; None if it is undefined."""
+        if not self.evaluated:
+            return None
+        value = self.evaluated[-1].values.get(f"val/{name}")
+        return None if value is None else 100 * value
+
+    def mean(self, path: str) -> float | None:
+        """Mean over the epochs of what was measured in each."""
+        values = [epoch.values[path] for epoch in self.history if path in epoch.values]
+        return fmean(values) if values else None
+
+    def final(self, path: str) -> float | None:
+        """The value after the last epoch."""
+        return self.history[-1].values.get(path) if self.history else None
+
+
+def row(result: TrialResult) -> dict[str, Value]:
+    """One line of ``results.csv``; AP in percent."""
+    trial = result.trial
+    metrics = [*METRICS, *(m for m in LVIS_METRICS if result.metric(m) is not None)]
+    parameters = {
+        f"parameters_{when}": result.final(f"cost/parameters_{when}")
+        for when in ("training", "inference")
+    }
+    return {
+        "arm": trial.arm,
+        "k": trial.detector.k,
+        "heads": "+".join(trial.detector.head_names),
+        "seed": trial.seed,
+        **{name: _rounded(result.metric(name), 2) for name in metrics},
+        "core_hours": _rounded(result.final("cost/core_hours"), 4),
+        "gpu_hours": _rounded(result.final("cost/gpu_hours"), 4),
+        "seconds_per_step": _rounded(result.mean("cost/seconds_per_step"), 4),
+        "images_per_second": _rounded(result.mean("cost/images_per_second"), 2),
+        "peak_memory_mb": _rounded(result.final("cost/peak_memory_mb"), 0),
+        **{name: None if value is None else int(value) for name, value in parameters.items()},
+        "paper_AP": trial.paper_ap,
+        "epochs": len(result.history),
+        "status": result.state,
+        "trial_id": trial.id,
+    }
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """An arm over its seeds; AP in percent.
+
+    Attributes:
+        aps: of each seed that was evaluated.
+        gain: of the mean over the first arm's.
+        paper_gain: the same difference in the paper.
+    """
+
+    arm: str
+    aps: tuple[float, ...]
+    gain: float | None
+    paper_ap: float | None
+    paper_gain: float | None
+
+    @property
+    def ap(self) -> float | None:
+        return fmean(self.aps) if self.aps else None
+
+
+def summarise(results: list[TrialResult]) -> list[ArmSummary]:
+    """Every arm over its seeds, against the first arm."""
+    arms = dict.fromkeys(result.trial.arm for result in results)
+    summaries: list[ArmSummary] = []
+    for arm in arms:
+        mine = [result for result in results if result.trial.arm == arm]
+        aps = tuple(ap for result in mine if (ap := result.metric("AP")) is not None)
+        paper = mine[0].trial.paper_ap
+        base, paper_base = (summaries[0].ap, summaries[0].paper_ap) if summaries else (None, None)
+        gain = _difference(fmean(aps) if aps else None, base)
+        summaries.append(ArmSummary(arm, aps, gain, paper, _difference(paper, paper_base)))
+    return summaries
+
+
+def _difference(value: float | None, base: float | None) -> float | None:
+    return None if value is None or base is None else value - base
+
+
+def _rounded(value: float | None, digits: int) -> float | int | None:
+    if value is None:
+        return None
+    return round(value, digits) if digits else round(value)

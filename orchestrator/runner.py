@@ -1,0 +1,294 @@
+"""Runs a plan: every trial its own Ray Train job, several at a time, recorded while they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from codetr.config import ConfigError
+from orchestrator.board import Board, Progress
+from orchestrator.cluster import Cluster
+from orchestrator.console import View
+from orchestrator.interrupt import Interrupted, Interrupts
+from orchestrator.jobs import Event, Jobs, Loop, fit, result_on_disk
+from orchestrator.plan import Plan, Trial
+from orchestrator.report import write_tables, write_trial_files
+from orchestrator.results import State, TrialResult
+from orchestrator.tracking import Recorder, Status, Tracker
+from orchestrator.worker import train
+
+_POLL_SECONDS = 0.25
+_STATUS: dict[State, Status] = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "not started": "KILLED",
+}
+
+
+@dataclass
+class Outcome:
+    """What a run leaves behind.
+
+    Attributes:
+        results: one for each trial of the plan, in its order.
+        files: tables and pictures.
+        interrupted: the exit code for the signal that ended it.
+        logs: Ray's, where a trial has failed.
+    """
+
+    results: list[TrialResult]
+    files: list[Path] = field(default_factory=list)
+    interrupted: int | None = None
+    logs: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted is not None:
+            return self.interrupted
+        return int(any(result.state != "finished" for result in self.results))
+
+    @property
+    def status(self) -> Status:
+        if self.interrupted is not None:
+            return "KILLED"
+        return "FAILED" if self.exit_code else "FINISHED"
+
+
+def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
+    """Train what of the plan is not yet trained, and report on all of it.
+
+    Args:
+        plan: every trial has its own folder, so the same plan goes on where it stopped.
+        view: shows it.
+        loop: what each worker of a trial does.
+
+    Raises:
+        ConfigError, DataError: it cannot run; nothing has been written.
+        Interrupted: before anything was started.
+    """
+    with Interrupts() as interrupts:
+        prepare_data(plan, view)
+        with only_one(plan.folder):
+            return _Run(plan, view, loop, interrupts).outcome()
+
+
+def prepare_data(plan: Plan, view: View) -> None:
+    """Make the embedded images if need be, and open every data set as the workers will.
+
+    Raises:
+        ConfigError, DataError: it cannot be used.
+    """
+    from codetr.data import open_dataset
+    from codetr.data.digits import cached_digits
+
+    for data in {trial.data.model_dump_json(): trial.data for trial in plan.trials}.values():
+        if data.dataset != "coco":
+            cached_digits(
+                lvis=data.dataset == "digits-lvis",
+                progress=lambda done, total: view.stage(f"making images: {done}/{total}"),
+            )
+        view.stage("opening the data")
+        train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+        train_set.classes.require_same(
+            val_set.classes, str(train_set.annotations), str(val_set.annotations)
+        )
+        for dataset in (train_set, val_set):
+            if dataset.skipped:
+                view.say(f"{dataset.annotations}: left out {dataset.skipped} broken images")
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second invocation.
+
+    Raises:
+        ConfigError: another one is at work there, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another 'codetr run' is at work there: wait for it, or give --name"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {folder}: {error.strerror}") from None
+    try:
+        with lock:
+            yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            for empty in (folder, folder.parent):
+                with suppress(OSError):
+                    empty.rmdir()
+
+
+class _Run:
+    """One invocation, from the start of Ray and MLflow to the last table."""
+
+    def __init__(self, plan: Plan, view: View, loop: Loop, interrupts: Interrupts) -> None:
+        self.plan, self.view, self.loop, self.interrupts = plan, view, loop, interrupts
+        self.cluster = Cluster(plan)
+        self.recorder: Recorder | None = None
+        self.results: dict[str, TrialResult] = {}
+        self.begun: set[str] = set()
+
+    def outcome(self) -> Outcome:
+        interrupted = None
+        try:
+            done = self._finished_before()
+            waiting = [trial for trial in self.plan.trials if trial.id not in done]
+            try:
+                self._start(with_ray=bool(waiting))
+                self._take_over(done)
+                self._train(waiting)
+            except Interrupted as signal:
+                interrupted = signal.exit_code
+            with self.interrupts.shield():
+                return self._finish(interrupted)
+        except BaseException:
+            self.cluster.stop(keep_logs=True)
+            if self.recorder is not None:
+                self._record("close", "FAILED", [])
+                self.recorder.close(patience=10)
+            raise
+
+    # -------------------------------------------------------------------------------- beginning
+
+    def _finished_before(self) -> dict[str, TrialResult]:
+        """Results of the trials that an earlier invocation has finished."""
+        results = (result_on_disk(self.plan, trial) for trial in self.plan.trials)
+        return {r.trial.id: r for r in results if r.state == "finished"}
+
+    def _start(self, *, with_ray: bool) -> None:
+        """Start Ray, and MLflow beside it; both take seconds."""
+        self.view.stage("starting Ray and MLflow" if with_ray else "opening MLflow")
+        # Torn apart, Ray would leave processes behind and MLflow a run.
+        with self.interrupts.shield(), ThreadPoolExecutor(1, "tracking") as pool:
+            tracker = pool.submit(Tracker, self.plan)
+            try:
+                if with_ray:
+                    self.cluster.start()
+            finally:
+                self.interrupts.install()  # Ray puts its own handlers in the place of ours
+                self.recorder = Recorder(tracker.result(), self.view.say)
+
+    def _take_over(self, done: dict[str, TrialResult]) -> None:
+        for result in done.values():
+            self._record("adopt", result.trial)
+            self._end(result)
+
+    def _record(self, operation: str, *arguments: Any) -> None:
+        """Have MLflow's thread do a method of the tracker."""
+        assert self.recorder is not None
+        self.recorder(getattr(self.recorder.tracker, operation), *arguments)
+
+    # --------------------------------------------------------------------------------- training
+
+    def _train(self, waiting: list[Trial]) -> None:
+        """Train these trials until the last one has ended."""
+        if not waiting:
+            return
+        slots = min(self.cluster.slots(), len(waiting))
+        self.view.stage(f"training {len(waiting)} trials, {slots} at a time")
+        board = _board()
+        # The longest first, or it would end up alone: heads cost time.
+        jobs = Jobs(sorted(waiting, key=lambda trial: -trial.detector.k))
+        try:
+            jobs.start(slots, lambda trial: fit(self.plan, trial, board, self.loop))
+            while len(self.results) < len(self.plan.trials):
+                for event in jobs.events():
+                    self._look(board)
+                    self._on(event)
+                self._look(board)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            jobs.cancel()
+
+    def _look(self, board: Any) -> None:
+        """Fetch and show what the trials have said."""
+        import ray
+
+        try:
+            progress, reports = ray.get(board.fetch.remote())
+        except ray.exceptions.RayActorError:
+            return  # its node is gone; what the trials report lies in their folders too
+        by_id = {trial.id: trial for trial in self.plan.trials}
+        for identity, latest in progress.items():
+            self.view.progress(by_id[identity], latest)
+        for identity, history in reports.items():
+            self.view.epoch(by_id[identity], history[-1])
+            self._record("record", by_id[identity], history)
+
+    def _on(self, event: Event) -> None:
+        if not event.ended:
+            self._begin(event.trial)
+            self.view.progress(event.trial, Progress("starting"))
+            return
+        result = result_on_disk(self.plan, event.trial)
+        if event.reason is not None or result.state != "finished":
+            reason = event.reason or f"ended after {len(result.history)} epochs"
+            result = replace(result, state="failed", reason=reason)
+        self._end(result)
+
+    def _begin(self, trial: Trial) -> None:
+        self.begun.add(trial.id)
+        self._record("begin", trial)
+
+    def _end(self, result: TrialResult) -> None:
+        self.results[result.trial.id] = result
+        self.view.ended(result)
+        self._record("record", result.trial, result.history)
+        self._record("attach", result.trial, write_trial_files(self.plan, result))
+        self._record("end", result.trial, _STATUS[result.state], result.reason)
+
+    # ----------------------------------------------------------------------------------- ending
+
+    def _finish(self, interrupted: int | None) -> Outcome:
+        """End Ray, write tables and pictures, end the runs."""
+        plan = self.plan
+        self.view.stage("ending Ray")
+        failed = any(result.state == "failed" for result in self.results.values())
+        self.cluster.stop(keep_logs=failed)
+        for trial in plan.trials:
+            if trial.id not in self.results:
+                self._abandon(trial)
+        results = [self.results[trial.id] for trial in plan.trials]
+        logs = self.cluster.logs if failed else None
+        outcome = Outcome(results, interrupted=interrupted, logs=logs)
+        self.view.stage("writing tables and pictures")
+        outcome.files = write_tables(plan, results)
+        if interrupted is None:
+            from orchestrator.pictures import draw_all
+
+            outcome.files += draw_all(plan, results)
+        if self.recorder is not None:
+            self._record("close", outcome.status, outcome.files)
+            self.recorder.close(patience=10 if interrupted else 60)
+        return outcome
+
+    def _abandon(self, trial: Trial) -> None:
+        """A signal came before the trial's end."""
+        result = result_on_disk(self.plan, trial)
+        if trial.id in self.begun:
+            self._end(result)
+        else:
+            self.results[trial.id] = result
+
+
+def _board() -> Any:
+    """A board as actor beside this process: who ends it, ends both."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()

@@ -1,0 +1,162 @@
+"""Using a trained detector: measure it on a data set, look at what it finds in images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from codetr.config import ConfigError, DataConfig, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from codetr.checkpoint import Checkpoint
+    from codetr.data import Classes
+    from codetr.detector import CoDETR
+    from codetr.inference import Prediction
+    from codetr.metrics import Metrics
+
+
+def evaluate_checkpoint(
+    path: Path,
+    data: str,
+    *,
+    branch: str = "query",
+    batch_size: int = 8,
+    engine: Literal["hotcoco", "pycocotools"] = "hotcoco",
+    json_file: Path | None = None,
+) -> Metrics:
+    """Metrics of a checkpoint on the validation images of ``data``.
+
+    Args:
+        path: the checkpoint, or its folder.
+        data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
+        branch: ``query``, or an auxiliary head's name.
+        batch_size: images that go through the model together.
+        engine: what computes the metrics.
+        json_file: where to write them too.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: either cannot be used, or their classes differ.
+    """
+    from codetr.data import build_loader, open_dataset
+    from codetr.training import evaluate
+
+    checkpoint, model = _load(path, branch)
+    dataset = open_dataset(_data_config(checkpoint.data, data), "val")
+    dataset.classes.require_same(checkpoint.classes, str(dataset.annotations), checkpoint.source)
+    loader = build_loader(dataset, batch_size, training=False)
+    metrics = evaluate(model.to(_device()), loader, dataset, engine, branch=branch).metrics
+    if json_file is not None:
+        content = {"summary": metrics.summary, "per_class": metrics.per_class}
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    return metrics
+
+
+def predict_images(
+    path: Path,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    min_score: float = 0.3,
+    branch: str = "query",
+) -> list[Path]:
+    """Write a picture with boxes for each image, and ``predictions.json`` with all detections.
+
+    Args:
+        path: the checkpoint, or its folder.
+        images: the files.
+        output: the folder; made if need be.
+        min_score: pictures show no detection below it; the JSON has all.
+        branch: ``query``, or an auxiliary head's name.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: something cannot be read; nothing is written.
+    """
+    from codetr.data.images import read_image
+    from codetr.inference import draw, predict
+
+    checkpoint, model = _load(path, branch)
+    for image in images:
+        read_image(image)  # the last one may be broken: better known before the first is written
+    output.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    found: list[Prediction] = []
+    for prediction in predict(model.to(_device()), images, checkpoint.data, branch=branch):
+        picture = draw(
+            prediction.image, prediction.detections, checkpoint.classes, min_score=min_score
+        )
+        written.append(_free_name(output, prediction.path.stem, written))
+        picture.save(written[-1])
+        found.append(prediction)
+    results = output / "predictions.json"
+    results.write_text(json.dumps(_as_coco(found, checkpoint.classes)))
+    return [*written, results]
+
+
+def _load(path: Path, branch: str) -> tuple[Checkpoint, CoDETR]:
+    from codetr.checkpoint import build_model, load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    branches = ["query", *checkpoint.detector.head_names]
+    if branch not in branches:
+        raise ConfigError(f"--branch {branch}: {path} has none such; {nearest(branch, branches)}")
+    return checkpoint, build_model(checkpoint)
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _data_config(trained_on: DataConfig, data: str) -> DataConfig:
+    """Images resized and normalised as in training, from another place."""
+    embedded = data in ("digits", "digits-lvis")
+    place = {
+        "dataset": data if embedded else "coco",
+        "path": None if embedded else Path(data).expanduser(),
+        "val_images": None,
+    }
+    return trained_on.model_copy(update=place)
+
+
+def _free_name(folder: Path, stem: str, taken: Sequence[Path]) -> Path:
+    """``a.png``, or ``a-2.png`` where two images of different folders have the same name."""
+    names = [
+        folder / f"{stem}.png",
+        *(folder / f"{stem}-{n}.png" for n in range(2, len(taken) + 2)),
+    ]
+    return next(name for name in names if name not in taken)
+
+
+def _as_coco(predictions: Sequence[Prediction], classes: Classes) -> dict[str, Any]:
+    """A COCO file of its own: images by name, categories, and annotations with scores."""
+    from codetr.metrics import to_coco_results
+
+    numbered = dict(enumerate(predictions, start=1))
+    results = to_coco_results({n: p.detections for n, p in numbered.items()}, classes)
+    return {
+        "images": [
+            {
+                "id": number,
+                "file_name": str(prediction.path),
+                "height": prediction.image.shape[1],
+                "width": prediction.image.shape[2],
+            }
+            for number, prediction in numbered.items()
+        ],
+        "categories": [
+            {"id": identity, "name": name}
+            for identity, name in zip(classes.category_ids, classes.names, strict=True)
+        ],
+        "annotations": [
+            {"id": n, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0, **r}
+            for n, r in enumerate(results, start=1)
+        ],
+    }
