@@ -55,8 +55,9 @@ def evaluate(
 ) -> Metrics:
     """Compare detections with the ground truth of exactly the images of ``dataset``.
 
-    COCO counts at most 100 detections of an image; LVIS 300, over all classes, and only of classes
-    that were annotated in it: present, known to be absent, or present but not exhaustively.
+    COCO counts at most 100 detections of a class in an image. LVIS counts 300 in an image over all
+    classes, and of those only classes that are annotated there or known to be absent; where a class
+    is not annotated exhaustively, detections without a match are not held against the detector.
 
     Args:
         dataset: an LVIS annotation file gives LVIS's numbers.
