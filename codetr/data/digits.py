@@ -27,7 +27,7 @@ from pycocotools import mask as coco_mask
 from codetr.data.errors import DataError
 from codetr.data.files import Progress
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same parameters give other images."""
 
 MAX_DIGITS = 6
@@ -44,8 +44,8 @@ PLACEMENTS = 30
 
 _SPLITS = {"train": 0, "val": 1}
 _LUMA = np.array([0.299, 0.587, 0.114])
-_FINE = 4
-"""Shapes are drawn at this multiple of their size and averaged down: smooth edges."""
+_DRAWN = 3 * DIGIT_PIXELS[1]
+"""Pixels at which shapes are drawn before they are averaged down: smooth edges."""
 
 Rgb = NDArray[np.float64]
 Grey = NDArray[np.float64]
@@ -277,11 +277,11 @@ def _support(kind: int, shape: tuple[int, ...]) -> Grey:
 
 
 def _glyph(sample: NDArray[np.uint8], rng: np.random.Generator) -> Grey:
-    """A sample turned, enlarged and cut to its ink: 0..1 at about 16 times the sample's size."""
-    side = 8 * DIGIT_PIXELS[1] * _FINE // 8
-    image = Image.fromarray(np.pad(sample, 1)).resize((side, side), Image.Resampling.BICUBIC)
+    """(h, w) a sample enlarged, turned and cut to its ink, which is 1."""
+    size = (_DRAWN, _DRAWN)
+    image = Image.fromarray(np.pad(sample, 1)).resize(size, Image.Resampling.BICUBIC)
     angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
-    ink = np.asarray(image.rotate(angle, Image.Resampling.BICUBIC, expand=True)) >= 128
+    ink = np.asarray(image.rotate(angle, Image.Resampling.BILINEAR, expand=True)) >= 112
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
 
@@ -378,12 +378,14 @@ def _annotate(
         if number == hidden:
             continue
         rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        box = mask_box(mask)
         annotation = {
             "id": len(content["annotations"]) + 1,
             "image_id": image["id"],
             "category_id": label + 1,
-            "bbox": mask_box(mask),
-            "area": int(mask.sum()),
+            "bbox": box,
+            # The box's, not the ink's: COCO's bound of small and medium, 32², falls among them.
+            "area": box[2] * box[3],
             "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
         }
         # LVIS has no crowds, and no such key.
