@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from codetr.config import BackboneConfig, ConfigError, TransformerConfig
 
-# A ResNet for CPUs: one basic block for each stage behind a stem of three 3x3 convolutions.
+# A ResNet for CPUs: one basic block for each stage behind a stem of three 3x3 convolutions. Its
+# blocks do not start as identities (timm's default): a short training from scratch has no time.
 TINY = {
+    "zero_init_last": False,
     "layers": (1, 1, 1, 1),
     "channels": (24, 48, 64, 96),
     "stem_type": "deep",
