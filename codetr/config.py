@@ -370,7 +370,8 @@ class DataConfig(Strict):
     Empty: images keep their size."""
     max_side: PositiveInt = 1333
     crop: bool = True
-    """Half of the images: resize to 400-600, crop 384-600, then resize (DETR's augmentation)."""
+    """Half of the images: resize to 400-600, crop 384-600, then resize (DETR's augmentation).
+    Part of the resizing: without ``short_sides`` there is neither."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)

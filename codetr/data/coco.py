@@ -51,7 +51,8 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         annotations: the annotation file.
         table: the annotations of the images that are used.
         classes: names and ids, see :class:`Classes`.
-        skipped: how many images were left out because something is wrong with them.
+        problems: what was found wrong, with ``skip_bad``.
+        skipped: how many images were left out because of that.
         fingerprint: stable hash of the annotation file and of the images used.
     """
 
@@ -92,7 +93,9 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
             refuse(problems)
         usable = without(table, problems)
         if skip_bad:
-            usable = without(usable, find_unreadable(usable, images))
+            problems += find_unreadable(usable, images)
+            usable = without(usable, problems)
+        self.problems = tuple(problems)
         self.skipped = len(table) - len(usable)
         self.table = usable.select(np.arange(len(usable))[:limit])
         self._require_content()
@@ -124,7 +127,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         rows = table.of(index)
         kept = ~table.crowd[rows]
         pixels = read_image(self.images / str(table.names[index]), (height, width))
-        image = tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
         objects = {
             "boxes": tv_tensors.BoundingBoxes(
                 torch.from_numpy(table.clipped(rows, index)[kept]),

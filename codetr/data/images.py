@@ -31,7 +31,7 @@ def read_image(path: Path, size: Size | None = None) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as stored:
                 stored.load()
-                pixels = np.asarray(_rgb(_upright(stored, size)))
+                pixels = np.array(_rgb(_upright(stored, size)))  # its own, writable
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -34,33 +34,35 @@ def find_split(directory: Path, split: Split) -> SplitFiles:
     Raises:
         DataError: says what was looked for, and what is there instead.
     """
-    folder = directory / "annotations"
-    patterns = (f"instances_{split}*.json", f"lvis_*{split}*.json")
-    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    if len(found) != 1:
-        present = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-        raise DataError(
-            f"{folder}: expected one file {' or '.join(patterns)}, found "
-            f"{', '.join(path.name for path in found) or f'none among: {present}'}"
-            if folder.is_dir()
-            else f"{directory}: has no folder 'annotations' with {' or '.join(patterns)} in it"
-        )
-    if found[0].name.startswith("lvis_"):
-        return SplitFiles(found[0], directory)
-    suffix = found[0].stem.removeprefix("instances_")
-    candidates = [
-        directory / name
-        for name in (suffix, f"images/{suffix}", split, f"images/{split}", "images")
-    ]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return SplitFiles(found[0], candidate)
-    names = ", ".join(str(c.relative_to(directory)) for c in dict.fromkeys(candidates))
+    annotations = _find_annotations(directory, split)
+    if annotations.name.startswith("lvis_"):
+        return SplitFiles(annotations, directory)
+    suffix = annotations.stem.removeprefix("instances_")
+    names = dict.fromkeys((suffix, f"images/{suffix}", split, f"images/{split}", "images"))
+    for name in names:
+        if (directory / name).is_dir():
+            return SplitFiles(annotations, directory / name)
     there = ", ".join(sorted(p.name for p in directory.iterdir() if p.is_dir()))
     raise DataError(
-        f"{directory}: no image folder for {found[0].name}: looked for {names}; "
+        f"{directory}: no image folder for {annotations.name}: looked for {', '.join(names)}; "
         f"folders there: {there}"
     )
+
+
+def _find_annotations(directory: Path, split: Split) -> Path:
+    folder = directory / "annotations"
+    patterns = (f"instances_{split}*.json", f"lvis_*{split}*.json")
+    wanted = " or ".join(patterns)
+    if not folder.is_dir():
+        raise DataError(f"{directory}: has no folder 'annotations' with {wanted} in it")
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(path.name for path in found)
+        raise DataError(f"{folder}: found {several}; keep one file {wanted}, move the others away")
+    present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise DataError(f"{folder}: no file {wanted}; found: {present}")
 
 
 def data_directory(config: DataConfig) -> Path:

@@ -132,7 +132,14 @@ def test_skip_bad_leaves_the_image_out_and_counts(tmp_path: Path, case: str) -> 
     change(tmp_path)
     dataset = opened(tmp_path, skip_bad=True)
     assert dataset.skipped == 1
+    assert [p.image_id for p in dataset.problems] == [5]
     assert [dataset[i][1].image_id for i in range(len(dataset))] == [2, 11, 8]
+
+
+def test_an_annotation_without_image_costs_no_image(tmp_path: Path) -> None:
+    write(tmp_path, content() | {"annotations": [annotation(1, 77, [0, 0, 5, 5])]})
+    dataset = opened(tmp_path, skip_bad=True, training=False)
+    assert (len(dataset), dataset.skipped, len(dataset.problems)) == (4, 0, 1)
 
 
 def test_the_number_of_problems_is_told(tmp_path: Path) -> None:

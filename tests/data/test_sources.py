@@ -53,11 +53,14 @@ def test_finds_a_split(tmp_path: Path, names: list[str], annotations: str, image
     ("names", "message"),
     [
         ([], "no folder 'annotations'"),
-        (["annotations/other.json"], r"instances_train\*\.json.*none among: other\.json"),
-        (["annotations"], "none among: nothing"),
+        (
+            ["annotations/other.json"],
+            r"no file instances_train\*\.json or lvis_.*; found: other\.json",
+        ),
+        (["annotations"], "found: nothing"),
         (
             ["annotations/instances_train2014.json", "annotations/instances_train2017.json"],
-            r"found instances_train2014\.json, instances_train2017\.json",
+            r"found instances_train2014\.json, instances_train2017\.json; keep one",
         ),
         (
             ["annotations/instances_train2017.json", "pictures"],
