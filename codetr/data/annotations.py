@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +143,17 @@ class Annotations:
         """(A,) position of the image that each annotation belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
-    def clipped(self, rows: slice, image: int) -> NDArray[np.float32]:
-        """(n, 4) boxes xyxy in pixels, clipped to their image."""
-        return _clipped(self.boxes[rows], self.sizes[image][None])
+    def clipped(self, image: int) -> NDArray[np.float32]:
+        """(n, 4) the boxes of the image at this position, xyxy in pixels, clipped to it."""
+        return _clipped(self.boxes[self.of(image)], self.sizes[image][None])
 
     def select(self, images: NDArray[np.intp]) -> Annotations:
         """Only the images at these positions, in this order."""
         counts = np.diff(self.starts)[images]
         ranges = [np.arange(self.starts[i], self.starts[i + 1]) for i in images]
         rows = np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
-        return Annotations(
-            path=self.path,
-            digest=self.digest,
-            classes=self.classes,
+        return replace(
+            self,
             image_ids=self.image_ids[images],
             names=self.names[images],
             sizes=self.sizes[images],
@@ -166,7 +164,6 @@ class Annotations:
             areas=self.areas[rows],
             crowd=self.crowd[rows],
             lvis=self.lvis and self.lvis.select(images.tolist()),
-            problems=self.problems,
         )
 
 

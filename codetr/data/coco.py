@@ -130,7 +130,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
         objects = {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(table.clipped(rows, index)[kept]),
+                torch.from_numpy(table.clipped(index)[kept]),
                 format="XYXY",
                 canvas_size=(height, width),
             ),

@@ -50,7 +50,7 @@ def test_reads_what_is_there(tmp_path: Path) -> None:
 
 def test_clips_boxes_that_reach_outside(tmp_path: Path) -> None:
     table = read(tmp_path, content())
-    assert table.clipped(table.of(2), 2).tolist() == [[0, 10, 10, 50], [0, 0, 20, 20]]
+    assert table.clipped(2).tolist() == [[0, 10, 10, 50], [0, 0, 20, 20]]
     assert table.boxes[table.of(2)][0].tolist() == [-5, 10, 15, 60], "metrics see the file's own"
 
 
@@ -200,7 +200,7 @@ def test_no_content_escapes_validation(tmp_path: Path, junk: Any, draw: st.DataO
         table = read(tmp_path, data)
         assert np.isfinite(table.boxes).all()
         for i in range(len(table)):
-            corners = table.clipped(table.of(i), i)
+            corners = table.clipped(i)
             assert (corners[:, 2:] > corners[:, :2]).all()
 
 

@@ -72,7 +72,7 @@ def random_detections(
     found = {}
     for i, image_id in enumerate(table.image_ids.tolist()):
         rows = table.of(i)
-        boxes = np.repeat(table.clipped(rows, i), 2, axis=0)
+        boxes = np.repeat(table.clipped(i), 2, axis=0)
         labels = np.repeat(table.labels[rows], 2)
         size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         boxes = boxes + rng.normal(0, 0.06, boxes.shape) * size

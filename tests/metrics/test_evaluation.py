@@ -97,7 +97,7 @@ def test_perfect_and_empty_detections(tmp_path: Path, engine: Any) -> None:
         rows = table.of(i)
         labels = torch.from_numpy(table.labels[rows].astype(np.int64))
         perfect[image_id] = Detections(
-            torch.from_numpy(table.clipped(rows, i)), torch.ones(len(labels)), labels
+            torch.from_numpy(table.clipped(i)), torch.ones(len(labels)), labels
         )
         nothing[image_id] = found()
     best, worst = (evaluate(dataset, d, engine) for d in (perfect, nothing))
