@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -29,12 +30,25 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 
 
 class Cluster:
-    """The Ray cluster of a plan, from :meth:`start` to :meth:`stop`."""
+    """The Ray cluster of a plan, from :meth:`start` to :meth:`stop`.
+
+    Make it before anything imports Ray, which reads its environment when it is imported.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._session: Path | None = None
         self._started = False
+        local = {} if plan.address else _LOCAL_ENVIRONMENT
+        for key, value in (_ENVIRONMENT | local).items():
+            os.environ.setdefault(key, value)
+        import ray
+
+        logging.getLogger(ray.__name__).setLevel(logging.WARNING)
+
+    @property
+    def started(self) -> bool:
+        return self._started
 
     def start(self) -> None:
         """Join the plan's cluster, or start one on this machine.
@@ -42,14 +56,11 @@ class Cluster:
         Raises:
             ConfigError: the cluster does not answer.
         """
-        local = self.plan.address is None
-        for key, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if local else {})).items():
-            os.environ.setdefault(key, value)
         import ray
 
         self._started = True
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "codetr"}
-        if not local:
+        if self.plan.address is not None:
             try:
                 ray.init(address=self.plan.address, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:

@@ -160,7 +160,6 @@ def make_plan(experiment: Experiment, options: Options) -> Plan:
     """
     profile_name, why = choose_profile(experiment, options)
     profile = experiment.profiles[profile_name]
-    resources = _resources(profile, options)
     settings = parse_settings(list(options.settings))
     trials = tuple(
         trial
@@ -168,6 +167,7 @@ def make_plan(experiment: Experiment, options: Options) -> Plan:
         for trial in _trials(experiment, profile_name, arm, settings, options)
     )
     _require_different(trials)
+    resources = _resources(profile, options)
     output = options.output.expanduser().absolute()
     return Plan(
         name=_name(options.name or experiment.name),
@@ -213,6 +213,8 @@ def _trials(
         ("--data", (Layer(data=_data_option(options)),)),
         ("--set", (settings,)),
     )
+    if data.dataset == "coco" and data.path is None:
+        raise ConfigError(f"profile {profile_name} needs a data set: give --data DIR (COCO layout)")
     facts = data_facts(data)
     detector = _with_classes(detector, facts)
     if facts.train_images < training.batch_size:
@@ -226,6 +228,9 @@ def _trials(
             f"training.batch_size={training.batch_size} cannot be shared evenly by "
             f"{workers} workers: change --workers or --set batch_size="
         )
+    seeds = options.seeds or profile.seeds or experiment.seeds
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds {','.join(map(str, seeds))}: seeds start at 0")
     return [
         Trial(
             arm=arm,
@@ -236,7 +241,7 @@ def _trials(
             facts=facts,
             paper_ap=paper_ap(experiment, arm),
         )
-        for seed in options.seeds or profile.seeds or experiment.seeds
+        for seed in seeds
     ]
 
 

@@ -79,7 +79,7 @@ TRIAL_HEAD = (
 def summary_cells(summary: ArmSummary) -> list[str]:
     spread = ""
     if len(summary.aps) > 1:
-        spread = f" ({min(summary.aps):.1f}–{max(summary.aps):.1f}, {len(summary.aps)} seeds)"
+        spread = f" ({min(summary.aps):.1f}–{max(summary.aps):.1f})"
     return [
         summary.arm,
         _number(summary.ap, ".1f") + spread,

@@ -256,7 +256,8 @@ class _Run:
     def _finish(self, interrupted: int | None) -> Outcome:
         """End Ray, write tables and pictures, end the runs."""
         plan = self.plan
-        self.view.stage("ending Ray")
+        if self.cluster.started:
+            self.view.stage("ending Ray")
         failed = any(result.state == "failed" for result in self.results.values())
         self.cluster.stop(keep_logs=failed)
         for trial in plan.trials:

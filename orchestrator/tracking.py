@@ -9,6 +9,7 @@ without doing harm, so what could not be delivered is simply delivered later.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import re
@@ -53,12 +54,10 @@ class Tracker:
         # A server that is gone should cost seconds; repeating is the Recorder's business.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        import logging
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        for library in ("mlflow", "alembic"):
+            logging.getLogger(library).setLevel(logging.WARNING)
         self.plan = plan
         self._runs: dict[str, str] = {}
         try:

@@ -11,11 +11,16 @@ import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.board import Epoch, History, Progress
 from orchestrator.plan import Trial
+
+if TYPE_CHECKING:
+    from codetr.cost import Cost, ParameterCount
+    from codetr.training import EpochReport, Evaluation, StepReport, TrainingState
 
 HISTORY, PREDICTIONS, PER_CLASS = "history.json", "predictions.json", "per_class.json"
 """Beside the detector's own file in each checkpoint."""
@@ -51,87 +56,142 @@ def train(job: dict[str, Any]) -> str | None:
     """
     import ray.train
 
-    from codetr.training import NonFiniteLoss
+    from codetr.training import NonFiniteLoss, limit_threads
 
+    limit_threads(cores=int(job["cpus"]))
     trial = Trial.model_validate(job["trial"])
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     tell = Messenger(job["board"] if rank == 0 else None, trial.id)
+    training = _Training(trial, rank, context.get_world_size(), tell)
     try:
-        _train(trial, int(job["cpus"]), tell)
+        while training.state.epoch < trial.training.epochs:
+            training.report(training.epoch())
     except NonFiniteLoss as error:
         # Raised on all ranks alike. Not raised further: Ray would try again, to the same end.
         return str(error)
     return None
 
 
-def _train(trial: Trial, cpus: int, tell: Messenger) -> None:
-    import ray.train
-    from ray.train.torch import get_device
+class _Training:
+    """A trial on one rank: its data, its state, and its history."""
 
-    from codetr.checkpoint import load_checkpoint
-    from codetr.cost import ParameterCount
-    from codetr.data import build_loader, open_dataset
-    from codetr.training import TrainingState, evaluate, limit_threads, train_epoch
+    def __init__(self, trial: Trial, rank: int, world_size: int, tell: Messenger) -> None:
+        from codetr.cost import ParameterCount
+        from codetr.data import build_loader, open_dataset
 
-    tell(Progress("opening the data"))
-    limit_threads(cores=cpus)
-    context = ray.train.get_context()
-    ranks = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
-    config = trial.training
-    train_set = open_dataset(trial.data, "train", seed=trial.seed)
-    val_set = open_dataset(trial.data, "val", seed=trial.seed)
-    batch = {"batch_size": config.batch_size, "workers": config.loader_workers, **ranks}
-    val_loader = build_loader(val_set, training=False, **batch)
-
-    tell(Progress("building the detector"))
-    state = TrainingState.start(
-        trial.detector,
-        config,
-        trial.data,
-        train_set.classes,
-        seed=trial.seed,
-        steps_per_epoch=len(train_set) // config.batch_size,
-        device=get_device(),
-    )
-    history: History = []
-    saved = ray.train.get_checkpoint()
-    if saved is not None:
-        with saved.as_directory() as folder:
-            state.restore(load_checkpoint(Path(folder)))
-            history = read_history(Path(folder))
-    parameters = ParameterCount.of(state.model)
-
-    while state.epoch < config.epochs:
-        epoch = state.epoch + 1
-        loader = build_loader(train_set, training=True, seed=trial.seed, epoch=epoch, **batch)
-        report = train_epoch(
-            state, loader, on_step=lambda step: tell(_training(step), always=False)
+        self.trial, self.rank, self.tell = trial, rank, tell
+        tell(Progress("opening data"))
+        self.train_set = open_dataset(trial.data, "train", seed=trial.seed)
+        self.val_set = open_dataset(trial.data, "val", seed=trial.seed)
+        self.build_loader = partial(
+            build_loader,
+            batch_size=trial.training.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=trial.seed,
+            workers=trial.training.loader_workers,
         )
+        tell(Progress("building"))
+        self.history: History = []
+        self.state = self._start_or_resume()
+        self.parameters = ParameterCount.of(self.state.model)
+        self.evaluation_seconds = 0.0
+
+    def _start_or_resume(self) -> TrainingState:
+        import ray.train
+        from ray.train.torch import get_device
+
+        from codetr.checkpoint import load_checkpoint, without_download
+        from codetr.training import TrainingState
+
+        trial, saved = self.trial, ray.train.get_checkpoint()
+        state = TrainingState.start(
+            without_download(trial.detector) if saved else trial.detector,
+            trial.training,
+            trial.data,
+            self.train_set.classes,
+            seed=trial.seed,
+            steps_per_epoch=len(self.train_set) // trial.training.batch_size,
+            device=get_device(),
+        )
+        if saved:
+            with saved.as_directory() as folder:
+                state.restore(load_checkpoint(Path(folder)))
+                self.history = read_history(Path(folder))
+        return state
+
+    def epoch(self) -> Evaluation | None:
+        """Train for an epoch, evaluate if it is time to, and note what was measured."""
+        from codetr.training import evaluate, train_epoch
+
+        state, config = self.state, self.trial.training
+        epoch = state.epoch + 1
+        loader = self.build_loader(self.train_set, training=True, epoch=epoch)
+        report = train_epoch(state, loader, on_step=self._show_step)
         values = _training_values(report)
         evaluation = None
         if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-            tell(Progress("evaluating", epoch, len(loader)))
-            evaluation = evaluate(state.model, val_loader, val_set, trial.data.engine)
+            self.tell(Progress("evaluating", epoch, len(loader)))
+            val_loader = self.build_loader(self.val_set, training=False)
+            evaluation = evaluate(state.model, val_loader, self.val_set, self.trial.data.engine)
             state.metrics = evaluation.metrics.summary
             state.cost = state.cost + evaluation.cost
+            self.evaluation_seconds = evaluation.cost.seconds
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
-        values |= _cost_values(state.cost, parameters)
-        history.append(Epoch(epoch, state.step, values))
-        _report(state, history, evaluation, val_set, context.get_world_rank())
+        values |= _cost_values(state.cost, self.parameters)
+        self.history.append(Epoch(epoch, state.step, values))
+        return evaluation
+
+    def _show_step(self, step: StepReport) -> None:
+        config = self.trial.training
+        evaluations = config.epochs // config.evaluate_every - step.epoch // config.evaluate_every
+        progress = Progress(
+            "training",
+            epoch=step.epoch,
+            step=step.step,
+            images_per_second=step.images_per_second,
+            loss=step.loss,
+            seconds_left=step.seconds_left + evaluations * self.evaluation_seconds,
+        )
+        self.tell(progress, always=False)
+
+    def report(self, evaluation: Evaluation | None) -> None:
+        """Give Ray Train the epoch's metrics, and from rank 0 the checkpoint; all ranks must."""
+        import ray.train
+
+        values = self.history[-1].values
+        metrics: dict[str, Any] = {"epoch": self.state.epoch}
+        metrics["history"] = [asdict(epoch) for epoch in self.history]
+        if "val/AP" in values:
+            metrics["AP"] = values["val/AP"]  # ranks the checkpoints
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        self.tell(Progress("saving", self.state.epoch))
+        # In the worker's own folder, which ends with Ray's session if Ray cannot remove it before.
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=Path.cwd()))
+        self._save(folder, evaluation)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"epoch-{self.state.epoch:04d}-{folder.name[-8:]}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+
+    def _save(self, folder: Path, evaluation: Evaluation | None) -> None:
+        from codetr.checkpoint import FILE_NAME, save_checkpoint
+        from codetr.metrics import to_coco_results
+
+        save_checkpoint(self.state.checkpoint(), folder / FILE_NAME)
+        (folder / HISTORY).write_text(json.dumps([asdict(epoch) for epoch in self.history]))
+        if evaluation is not None:
+            results = to_coco_results(evaluation.detections, self.val_set.classes)
+            (folder / PREDICTIONS).write_text(json.dumps(results))
+            (folder / PER_CLASS).write_text(json.dumps(evaluation.metrics.per_class))
 
 
-def _training(step: Any) -> Progress:
-    return Progress(
-        "training",
-        epoch=step.epoch,
-        step=step.step,
-        images_per_second=step.images_per_second,
-        loss=step.loss,
-        seconds_left=step.seconds_left,
-    )
-
-
-def _training_values(report: Any) -> dict[str, float]:
+def _training_values(report: EpochReport) -> dict[str, float]:
     return {
         "train/total": report.total,
         **{f"train/loss/{name}": value for name, value in report.losses.items()},
@@ -148,7 +208,7 @@ def _measured(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _cost_values(cost: Any, parameters: Any) -> dict[str, float]:
+def _cost_values(cost: Cost, parameters: ParameterCount) -> dict[str, float]:
     """What the trial has cost so far, its evaluations included."""
     return {
         "cost/hours": cost.seconds / 3600,
@@ -158,39 +218,6 @@ def _cost_values(cost: Any, parameters: Any) -> dict[str, float]:
         "cost/parameters_training": parameters.training,
         "cost/parameters_inference": parameters.inference,
     }
-
-
-def _report(state: Any, history: History, evaluation: Any, val_set: Any, rank: int) -> None:
-    """Give Ray Train the epoch's metrics, and from rank 0 the checkpoint; all ranks must come."""
-    import ray.train
-
-    metrics: dict[str, Any] = {"epoch": state.epoch, "history": [asdict(e) for e in history]}
-    if "val/AP" in history[-1].values:
-        metrics["AP"] = history[-1].values["val/AP"]  # ranks the checkpoints
-    if rank != 0:
-        ray.train.report(metrics, checkpoint=None)
-        return
-    from codetr.checkpoint import FILE_NAME, save_checkpoint
-
-    folder = Path(tempfile.mkdtemp(prefix="codetr-checkpoint-"))  # removed when it is uploaded
-    save_checkpoint(state.checkpoint(), folder / FILE_NAME)
-    (folder / HISTORY).write_text(json.dumps(metrics["history"]))
-    if evaluation is not None:
-        _write_evaluation(folder, evaluation, val_set)
-    ray.train.report(
-        metrics,
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_dir_name=f"epoch-{state.epoch:04d}-{folder.name[-8:]}",
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-    )
-
-
-def _write_evaluation(folder: Path, evaluation: Any, val_set: Any) -> None:
-    from codetr.metrics import to_coco_results
-
-    results = to_coco_results(evaluation.detections, val_set.classes)
-    (folder / PREDICTIONS).write_text(json.dumps(results))
-    (folder / PER_CLASS).write_text(json.dumps(evaluation.metrics.per_class))
 
 
 def read_history(folder: Path) -> History:

@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codetr.config import ConfigError
+from orchestrator.experiment import (
+    experiment_files,
+    load_experiment,
+    merge,
+    paper_ap,
+    paper_tables,
+)
+from orchestrator.plan import Options, make_plan
+
+SHIPPED = sorted(experiment_files())
+
+MINIMAL = """
+question: Does it work?
+arms:
+  a: {}
+profiles:
+  laptop:
+    about: small
+    data: {dataset: digits}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "own.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_every_shipped_experiment_can_be_planned(name, profile, coco_folder, monkeypatch):
+    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 64)
+    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 8)
+    experiment = load_experiment(name)
+    if profile not in experiment.profiles:
+        pytest.skip("has no such profile")
+    data = str(coco_folder) if profile == "paper" else None
+    settings = ("batch_size=8",) if profile == "paper" else ()
+    plan = make_plan(experiment, Options(profile=profile, data=data, settings=settings))
+    assert {trial.arm for trial in plan.trials} <= set(experiment.arms)
+    assert plan.trials
+
+
+def test_ablation_k_stands_beside_table_7():
+    experiment = load_experiment("ablation-k")
+    assert [paper_ap(experiment, arm) for arm in experiment.arms] == [47.1, 48.7, 49.5]
+
+
+def test_the_paper_is_complete():
+    tables = paper_tables()
+    assert {f"table{n}" for n in range(1, 14)} <= {name.partition("_")[0] for name in tables}
+
+
+def test_unknown_names_and_keys_name_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'ablation-k'"):
+        load_experiment("ablation_k")
+    with pytest.raises(ConfigError, match=r"own\.yaml: unknown key 'arm'; did you mean 'arms'"):
+        load_experiment(write(tmp_path, MINIMAL.replace("arms:", "arm:")))
+    with pytest.raises(ConfigError, match=r"own\.yaml: profiles.*unknown key 'abuot'"):
+        load_experiment(write(tmp_path, MINIMAL.replace("about:", "abuot:")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "an experiment is a mapping"),
+        ("a: [", "not YAML"),
+        (MINIMAL + "    arms: [b]\n", "no arm 'b'"),
+        (MINIMAL + "    seeds: []\n", "seeds"),
+        (MINIMAL.replace("a: {}", "a: {paper: {k: 0}}"), "paper: table"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, text, message):
+    with pytest.raises(ConfigError, match="own.yaml") as caught:
+        load_experiment(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load_experiment("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("paper", "message"),
+    [
+        ("{table: table99}", "no table 'table99'"),
+        ("{table: table7_number_of_heads}", "2 rows"),
+        ("{table: table7_number_of_heads, row: {k: 9}}", "0 rows"),
+        ("{table: table7_number_of_heads, row: {k: 1}, column: mAP}", "not one"),
+    ],
+)
+def test_rows_that_the_paper_does_not_have(tmp_path, paper, message):
+    row = "{k: 2}" if "2 rows" in message else "{}"
+    text = f"paper: {paper}\n" + MINIMAL.replace("a: {}", f"a: {{paper: {row}}}")
+    with pytest.raises(ConfigError, match=message):
+        paper_ap(load_experiment(write(tmp_path, text)), "a")
+
+
+def test_own_experiments_come_before_the_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "ablation-k.yaml").write_text(MINIMAL)
+    (folder / "mine.yaml").write_text(MINIMAL)
+    assert load_experiment("ablation-k").question == "Does it work?"
+    assert load_experiment("mine").name == "mine"
+
+
+keys = st.sampled_from("abc")
+trees = st.recursive(
+    st.dictionaries(keys, st.integers()),
+    lambda inner: st.dictionaries(keys, st.integers() | inner),
+    max_leaves=8,
+)
+
+
+@given(trees, trees, trees)
+def test_merge_is_associative_and_the_upper_layer_wins(a, b, c):
+    def leaves(tree, prefix=()):
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {k: v for key, sub in tree.items() for k, v in leaves(sub, (*prefix, key)).items()}
+
+    assert merge(a, {}) == a
+    assert merge({}, a) == a
+    assert merge(a, a) == a
+    assert leaves(b).items() <= leaves(merge(a, b)).items()
+    assert merge(merge(a, b), b) == merge(a, b)

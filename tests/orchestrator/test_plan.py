@@ -1,0 +1,156 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codetr.config import ConfigError
+from codetr.data import DataError
+from orchestrator.experiment import load_experiment
+from orchestrator.plan import Options, Plan, Trial, make_plan, slug
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 2)
+    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 0)
+
+
+def plan(**options) -> Plan:
+    return make_plan(load_experiment("ablation-k"), Options(**options))
+
+
+def ids(**options) -> list[str]:
+    return [trial.id for trial in plan(**options).trials]
+
+
+def test_the_default_is_the_laptop_profile_and_says_why():
+    made = plan()
+    assert made.profile == "laptop"
+    assert "no GPU" in made.why
+    assert "--profile paper" in made.why
+    assert [trial.detector.k for trial in made.trials] == [0, 1, 2]
+    assert all(trial.steps == trial.steps_per_epoch * 4 == 1000 for trial in made.trials)
+    assert {trial.detector.num_classes for trial in made.trials} == {10}
+
+
+def test_a_gpu_and_data_choose_the_paper(coco_folder, monkeypatch):
+    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 8)
+    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 64)
+    chosen = {"settings": ("batch_size=8",)}
+    assert plan(data=str(coco_folder), **chosen).profile == "paper"
+    assert plan(**chosen).profile == "laptop"
+    assert plan(data=str(coco_folder), profile="laptop", **chosen).profile == "laptop"
+
+
+def test_arms_times_seeds():
+    made = plan(seeds=(3, 5))
+    assert [(t.detector.k, t.seed) for t in made.trials] == [
+        (k, seed) for k in (0, 1, 2) for seed in (3, 5)
+    ]
+    assert len({t.name for t in made.trials}) == len({t.id for t in made.trials}) == 6
+
+
+def test_identity_is_what_is_learned():
+    base = ids()
+    assert base == ids(workers=2, name="other", output=Path("/elsewhere"))
+    assert base == ids(settings=("loader_workers=3", "engine=pycocotools"))
+    for change in ("lambda_1=0.5", "epochs=5", "learning_rate=2e-3", "train_images=100"):
+        assert not set(base) & set(ids(settings=(change,))), change
+    assert not set(base) & set(ids(seeds=(1,)))
+
+
+def test_identity_is_the_same_in_another_process():
+    code = (
+        "from orchestrator.experiment import load_experiment as l\n"
+        "from orchestrator.plan import *\n"
+        "print(*[t.id for t in make_plan(l('ablation-k'), Options()).trials])"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ids(), done.stderr
+
+
+def test_identity_follows_the_data_not_its_place(coco_folder, tmp_path):
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(coco_folder, copied)
+    small = {"settings": ("batch_size=4",)}
+    before = ids(data=str(coco_folder), **small)
+    assert before == ids(data=str(copied), **small)
+    annotations = copied / "annotations" / "instances_train.json"
+    annotations.write_text(annotations.read_text() + " ")
+    from orchestrator import facts
+
+    facts._coco_facts.cache_clear()
+    assert not set(before) & set(ids(data=str(copied), **small))
+
+
+def test_a_trial_survives_json():
+    trial = plan().trials[2]
+    assert Trial.model_validate(trial.model_dump(mode="json")) == trial
+    assert Trial.model_validate_json(trial.model_dump_json()).id == trial.id
+
+
+def test_profile_settings_reach_heads_that_arms_only_name():
+    rcnn = plan().trials[2].detector.heads[1]
+    assert rcnn.rcnn.fc_dim == 128
+    changed = plan(settings=("fc_dim=32",)).trials[2].detector.heads[1]
+    assert changed.rcnn.fc_dim == 32
+    assert changed.rcnn.samples == rcnn.rcnn.samples
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": ("epochs=x",)}, "--set: training: epochs"),
+        ({"settings": ("heads=[atsss]",)}, "did you mean 'atss'"),
+        ({"settings": ("heads=atss",)}, "heads must be a list"),
+        ({"settings": ("heads=[atss]",)}, "are the same trial"),
+        ({"settings": ("num_classes=7",)}, "the data has 10 classes"),
+        ({"settings": ("levels=2",)}, "fewer than the 3 backbone.stages"),
+        ({"settings": ("train_images=4",)}, "do not fill one batch"),
+        ({"seeds": (1, 1)}, "are the same trial"),
+        ({"seeds": (-1,)}, "seeds start at 0"),
+        ({"workers": 4}, "this machine has 2"),
+        ({"gpus_per_worker": 1}, "this machine has 0"),
+        ({"workers": 2, "settings": ("batch_size=5",)}, "cannot be shared evenly"),
+        ({"name": "../up"}, "--name ../up"),
+        ({"profile": "paper"}, "give --data DIR"),
+    ],
+)
+def test_mistakes_are_one_clear_line(options, message):
+    with pytest.raises(ConfigError) as caught:
+        plan(**options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        plan(data=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="annotations"):
+        plan(data=str(tmp_path / "empty"))
+
+
+def test_planning_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from orchestrator.experiment import load_experiment\n"
+        "from orchestrator.plan import Options, make_plan\n"
+        "import orchestrator.console\n"
+        "make_plan(load_experiment('ablation-k'), Options())\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("K = 1 (ATSS)", "k-1-atss"), ("a+b", "a-b"), ("-A-", "a")]
+)
+def test_slugs(text, expected):
+    assert slug(text) == expected
