@@ -110,7 +110,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
 
     @property
     def fingerprint(self) -> str:
-        used = "\n".join(map(str, zip(self.table.image_ids, self.table.names, strict=True)))
+        used = list(zip(self.table.image_ids.tolist(), self.table.names.tolist(), strict=True))
         return hashlib.sha256(f"{self.table.digest}\n{used}".encode()).hexdigest()[:16]
 
     def set_epoch(self, epoch: int) -> None:

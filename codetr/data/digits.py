@@ -13,6 +13,8 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -121,15 +123,16 @@ def make_digits(
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise DataError(f"{directory}: is not empty; choose a new folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        draft.chmod(0o755)
-        _write(draft, recipe, progress)
-        draft.replace(directory)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with _writing_to(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            draft.chmod(0o755)
+            _write(draft, recipe, progress)
+            draft.replace(directory)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
     return directory
 
 
@@ -139,19 +142,35 @@ def embedded_recipe(*, lvis: bool) -> Recipe:
 
 
 def cached_digits(*, lvis: bool = False, progress: Progress | None = None) -> Path:
-    """The embedded set under the user's cache folder, made on first use by one process only."""
+    """The embedded set under the user's cache folder, made on first use by one process only.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
     recipe = embedded_recipe(lvis=lvis)
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codetr"
     directory = cache_home / recipe.folder_name
     if directory.is_dir():
         return directory
-    cache_home.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_home / f".{recipe.folder_name}.lock"):
-        if not directory.is_dir():
-            for leftover in cache_home.glob(f".{recipe.folder_name}-*"):  # of a killed process
-                shutil.rmtree(leftover)
-            make_digits(directory, **asdict(recipe), progress=progress)
+    with _writing_to(directory):
+        cache_home.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_home / f".{recipe.folder_name}.lock"):
+            if not directory.is_dir():
+                for leftover in cache_home.glob(f".{recipe.folder_name}-*"):  # of a killed process
+                    shutil.rmtree(leftover)
+                make_digits(directory, **asdict(recipe), progress=progress)
     return directory
+
+
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another folder, "
+            "or set XDG_CACHE_HOME where it is the embedded set"
+        ) from None
 
 
 def _write(directory: Path, recipe: Recipe, progress: Progress | None) -> None:

@@ -243,6 +243,15 @@ def test_nothing_is_left_of_an_interrupted_attempt(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/set: cannot be written \("):
+        make_digits(tmp_path / "file" / "set", train_images=1, val_images=1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be written .*XDG_CACHE_HOME"):
+        cached_digits()
+
+
 SMALL = """
 import codetr.data.digits as digits
 digits.embedded_recipe = lambda *, lvis: digits.Recipe(lvis, 0, 30, 5, 96)
