@@ -78,7 +78,7 @@ def test_unknown_names_and_keys_name_the_nearest(tmp_path):
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, text, message):
-    with pytest.raises(ConfigError, match="own.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"own\.yaml") as caught:
         load_experiment(write(tmp_path, text))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -68,7 +68,9 @@ def test_identity_is_the_same_in_another_process():
         "print(*[t.id for t in make_plan(l('ablation-k'), Options()).trials])"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True
+    )
     assert done.stdout.split() == ids(), done.stderr
 
 
@@ -145,7 +147,7 @@ def test_planning_imports_nothing_heavy():
         "make_plan(load_experiment('ablation-k'), Options())\n"
         "print([m for m in ('torch', 'ray', 'mlflow', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 

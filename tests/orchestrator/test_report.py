@@ -1,0 +1,99 @@
+import csv
+from dataclasses import replace
+
+import pytest
+import yaml
+from PIL import Image
+from trial_samples import sample_plan, sample_results
+
+from codetr.config import DetectorConfig
+from orchestrator.pictures import draw_ap_by_arm, draw_ap_by_epoch, draw_curves
+from orchestrator.report import csv_table, markdown, write_tables, write_trial_files
+from orchestrator.results import TrialResult, row, summarise
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return sample_plan(tmp_path, seeds=(0, 1))
+
+
+def test_a_row_has_what_was_measured_in_percent(plan):
+    result = sample_results(plan)[3]
+    cells = row(result)
+    assert cells["arm"] == "K=1 ATSS"
+    assert (cells["k"], cells["heads"], cells["seed"]) == (1, "atss", 1)
+    assert cells["AP"] == 21.0
+    assert cells["AP_large"] is None  # nothing large in the data
+    assert cells["core_hours"] == 0.04
+    assert cells["parameters_training"] == 500_000
+    assert cells["paper_AP"] == 48.7
+    assert (cells["epochs"], cells["status"]) == (4, "finished")
+
+
+def test_the_table_on_disk_has_a_line_for_every_trial(plan):
+    results = sample_results(plan)
+    results[-1] = TrialResult(plan.trials[-1], "not started", [])
+    paths = write_tables(plan, results)
+    assert [path.name for path in paths] == ["results.csv", "results.md"]
+    with paths[0].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["AP"] for r in rows] == ["10.0", "11.0", "20.0", "21.0", "30.0", ""]
+    assert list(rows[0])[:10] == [
+        "arm", "k", "heads", "seed", "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+    ]  # fmt: skip
+    assert not list(plan.folder.glob(".results*"))
+
+
+def test_lvis_numbers_have_columns_of_their_own(plan):
+    results = sample_results(plan)
+    results[0].history[-1].values["val/APr"] = 0.05
+    assert "APr" in csv_table(results).splitlines()[0]
+    assert row(results[0])["APr"] == 5.0
+
+
+def test_gains_are_over_the_first_arm_beside_the_papers(plan):
+    first, second, third = summarise(sample_results(plan))
+    assert first.ap == pytest.approx(10.5)
+    assert first.gain is None
+    assert second.gain == pytest.approx(10)
+    assert third.paper_gain == pytest.approx(49.5 - 47.1)
+
+
+def test_an_arm_without_a_result_has_no_number(plan):
+    results = sample_results(plan)
+    results[:2] = [TrialResult(r.trial, "failed", [], reason="NaN") for r in results[:2]]
+    first, second, _ = summarise(results)
+    assert first.ap is None
+    assert second.gain is None
+    text = markdown(plan, results)
+    assert "**K=0, seed 0, failed:** NaN" in text
+    assert "| K=0 | – | – | 47.1 | – |" in text
+
+
+def test_markdown_shows_the_spread_of_seeds(plan):
+    text = markdown(plan, sample_results(plan))
+    assert "| K=1 ATSS | 20.5 (20.0–21.0) | +10.0 | 48.7 | +1.6 |" in text
+    assert "`table7_number_of_heads`" in text
+
+
+def test_files_of_a_trial(plan):
+    result = sample_results(plan)[2]
+    files = write_trial_files(plan, result)
+    assert [file.name for file in files] == ["config.yaml", "curves.png"]
+    config = yaml.safe_load(files[0].read_text())
+    assert DetectorConfig.model_validate(config["detector"]) == result.trial.detector
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_pictures_show_something(tmp_path, seeds):
+    plan = sample_plan(tmp_path, seeds=seeds)
+    results = sample_results(plan)
+    results[0] = replace(results[0], history=results[0].history[:2])  # interrupted
+    pictures = [
+        draw_ap_by_epoch(results, tmp_path / "by_epoch.png"),
+        draw_ap_by_arm(results, tmp_path / "by_arm.png"),
+        draw_curves(results[1], tmp_path / "curves.png"),
+    ]
+    for path in pictures:
+        colours = Image.open(path).convert("RGB").getcolors(1_000_000)
+        assert len(colours) > 20, path

@@ -1,0 +1,234 @@
+import csv
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trial_samples import sample_epoch, sample_plan, sample_results
+
+from orchestrator.report import write_tables
+from orchestrator.tracking import (
+    PARAM_LENGTH,
+    Recorder,
+    Tracker,
+    TrackingError,
+    _is_dead,
+    _owner,
+    configuration,
+    flatten,
+    without_password,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder whose MLflow store exists already: making its tables takes seconds."""
+    output = tmp_path_factory.mktemp("runs")
+    Tracker(sample_plan(output)).close("FINISHED", [])
+    return output
+
+
+@pytest.fixture
+def plan(store, request):
+    return sample_plan(store, name=request.node.name.replace("[", "-").replace("]", ""))
+
+
+def runs(tracker, filter_string=""):
+    return tracker.client.search_runs([tracker.experiment_id], filter_string)
+
+
+def test_one_parent_with_a_child_for_each_trial(plan):
+    tracker = Tracker(plan)
+    for trial, result in zip(plan.trials, sample_results(plan), strict=True):
+        tracker.begin(trial)
+        tracker.record(trial, result.history)
+        tracker.end(trial, "FINISHED")
+    tracker.close("FINISHED", write_tables(plan, sample_results(plan)))
+
+    (parent,) = runs(tracker, "tags.experiment = 'ablation-k'")
+    children = runs(tracker, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert len(children) == 3
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    artifacts = {file.path for file in tracker.client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"results.csv", "results.md"}
+
+    by_k = {run.data.tags["k"]: run for run in children}
+    tags = by_k["2"].data.tags
+    assert tags["heads"] == "atss, faster_rcnn"
+    assert (tags["lambda_1"], tags["lambda_2"], tags["seed"]) == ("1.0", "2.0", "0")
+    assert tags["profile"] == "laptop"
+    assert tags["git_revision"]
+    assert tags["dataset_fingerprint"].startswith("digits")
+    assert by_k["2"].data.params["training.epochs"] == "4"
+    assert by_k["2"].data.params["detector.heads.2.rcnn.fc_dim"] == "128"
+    assert by_k["1"].inputs.dataset_inputs[0].dataset.name == "digits"
+
+    history = tracker.client.get_metric_history(by_k["1"].info.run_id, "val/AP")
+    assert [(m.step, m.value) for m in history] == [
+        (e, pytest.approx(0.2 * e / 4)) for e in (1, 2, 3, 4)
+    ]
+
+
+def test_a_trial_goes_on_in_its_own_run(plan):
+    trial = plan.trials[0]
+    first = Tracker(plan)
+    first.begin(trial)
+    first.record(trial, [sample_epoch(1, 0.1)])
+    first.end(trial, "KILLED")
+    first.close("KILLED", [])
+
+    second = Tracker(plan)
+    second.begin(trial)
+    history = [sample_epoch(e, 0.1 * e) for e in (1, 2, 3)]
+    second.record(trial, history)
+    second.record(trial, history)
+    second.end(trial, "FINISHED")
+
+    (run,) = runs(second, f"tags.trial_id = '{trial.id}'")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == second.parent != first.parent
+    points = second.client.get_metric_history(run.info.run_id, "train/total")
+    assert [m.step for m in points] == [1, 2, 3]
+
+
+def test_a_finished_trial_is_taken_over_as_it_is(plan):
+    trial = plan.trials[0]
+    first = Tracker(plan)
+    first.begin(trial)
+    first.end(trial, "FINISHED")
+    (before,) = runs(first, f"tags.trial_id = '{trial.id}'")
+    second = Tracker(plan)
+    second.adopt(trial)
+    second.end(trial, "FINISHED")
+    (after,) = runs(second, f"tags.trial_id = '{trial.id}'")
+    assert after.info.end_time == before.info.end_time
+    assert after.data.tags["mlflow.parentRunId"] == second.parent
+
+
+def test_a_failure_has_its_reason(plan):
+    tracker = Tracker(plan)
+    tracker.begin(plan.trials[0])
+    tracker.end(plan.trials[0], "FAILED", "NaN " * 1000)
+    (run,) = runs(tracker, f"tags.trial_id = '{plan.trials[0].id}'")
+    assert run.info.status == "FAILED"
+    assert run.data.tags["reason"].startswith("NaN")
+
+
+def test_runs_of_a_dead_process_are_closed(plan):
+    tracker = Tracker(plan)
+    for trial in plan.trials[:2]:
+        tracker.begin(trial)
+    dead = subprocess.run(
+        [sys.executable, "-c", "from orchestrator.tracking import _owner; print(_owner())"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    tracker.client.set_tag(tracker._runs[plan.trials[0].id], "codetr.owner", dead)
+    Tracker(plan)
+    status = {r.data.tags.get("trial_id"): r.info.status for r in runs(tracker)}
+    assert status[plan.trials[0].id] == "KILLED"
+    assert status[plan.trials[1].id] == "RUNNING"  # its owner, this process, lives
+
+
+def test_owners():
+    assert not _is_dead(_owner())
+    host, pid, started = _owner().rsplit(" ", 2)
+    assert _is_dead(f"{host} {pid} {int(started) - 1000}")  # its number was given to another
+    assert not _is_dead(f"elsewhere {pid} 0")  # not ours to judge
+
+
+@pytest.mark.parametrize("uri", ["nonsense://host/db", "http://127.0.0.1:9/"])
+def test_a_store_that_cannot_be_used_is_one_line_without_password(tmp_path, uri):
+    uri = uri.replace("://", "://me:hunter2@")
+    with pytest.raises(TrackingError, match="--tracking-uri") as caught:
+        Tracker(sample_plan(tmp_path / "new", tracking_uri=uri))
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Flaky:
+    """Fails as often as it is told to."""
+
+    def __init__(self, failures: int, code: str | None = None) -> None:
+        self.failures, self.code, self.done = failures, code, []
+
+    def do(self, what: int) -> None:
+        if self.failures:
+            self.failures -= 1
+            error = ConnectionError("away")
+            error.error_code = self.code
+            raise error
+        self.done.append(what)
+
+
+def test_the_recorder_delivers_in_order_once_the_store_is_back():
+    store, warnings = Flaky(failures=1), []
+    recorder = Recorder(store, warnings.append)
+    for number in range(5):
+        recorder(store.do, number)
+    recorder.close(patience=20)
+    assert store.done == [0, 1, 2, 3, 4]
+    assert warnings == ["MLflow: away; trying again"]
+
+
+def test_the_recorder_does_not_insist_on_what_can_never_be():
+    store, warnings = Flaky(failures=1, code="INVALID_PARAMETER_VALUE"), []
+    recorder = Recorder(store, warnings.append)
+    for number in range(3):
+        recorder(store.do, number)
+    recorder.close(patience=20)
+    assert store.done == [1, 2]
+    assert warnings == ["MLflow: away"]
+
+
+def test_the_recorder_gives_up_in_the_end():
+    blocked, warnings = threading.Event(), []
+    recorder = Recorder(None, warnings.append)
+    recorder(blocked.wait)
+    recorder.close(patience=0.1)
+    blocked.set()
+    assert "run again" in warnings[0]
+
+
+def test_params_are_flat_text_of_bounded_length(tmp_path):
+    for trial in sample_plan(tmp_path).trials:
+        flat = flatten(configuration(trial))
+        assert all(isinstance(value, str) and len(value) <= PARAM_LENGTH for value in flat.values())
+        assert flat["arm"] == trial.arm
+
+
+def test_long_params_are_cut(plan):
+    sides = tuple(range(100, 500))
+    data = plan.trials[0].data.model_copy(update={"short_sides": sides})
+    trial = plan.trials[0].model_copy(update={"data": data})
+    tracker = Tracker(replace(plan, trials=(trial,)))
+    tracker.begin(trial)
+    (run,) = runs(tracker, f"tags.trial_id = '{trial.id}'")
+    assert len(run.data.params["data.short_sides"]) == PARAM_LENGTH
+
+
+@given(st.text("abc/", max_size=5), st.text("xyz:/", max_size=8))
+def test_passwords_disappear(user, password):
+    if user.strip("/:") and "/" not in user:
+        assert without_password(f"http://{user}:{password}@host") == f"http://{user}:***@host"
+
+
+def test_text_without_a_password_stays():
+    for text in ("sqlite:////a/b@c/mlflow.db", "http://127.0.0.1:5000", "a: b@c"):
+        assert without_password(text) == text
+
+
+def test_per_class_table(plan, tmp_path):
+    from orchestrator.report import write_trial_files
+
+    best = tmp_path / "epoch-0001"
+    best.mkdir()
+    (best / "per_class.json").write_text('{"cat": 0.25, "dog": 0.5}')
+    (best / "predictions.json").write_text("[]")
+    result = replace(sample_results(plan)[0], best=best)
+    files = {file.name: file for file in write_trial_files(plan, result)}
+    with files["per_class_AP.csv"].open() as file:
+        assert list(csv.reader(file)) == [["class", "AP"], ["cat", "25.0"], ["dog", "50.0"]]
+    assert files["predictions.json"].parent == best
