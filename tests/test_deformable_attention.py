@@ -86,3 +86,15 @@ def test_no_queries(queries: int) -> None:
     value, locations, weights = example([(2, 2)], heads=1, points=1, channels=3)
     result = deformable_attention(value, [(2, 2)], locations[:, :queries], weights[:, :queries])
     assert result.shape == (2, queries, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_samples_at_exact_locations(dtype: torch.dtype) -> None:
+    """On a map of 300 columns bf16 locations would be wrong by whole cells."""
+    shapes = [(1, 300)]
+    value = torch.arange(300.0).div(300).to(dtype).view(1, 300, 1, 1)
+    x = (torch.arange(300) + 0.5) / 300
+    locations = torch.stack((x, torch.full_like(x, 0.5)), -1).view(1, 300, 1, 1, 1, 2)
+    result = deformable_attention(value, shapes, locations, torch.ones(1, 300, 1, 1, 1).to(dtype))
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.flatten(), value.flatten())

@@ -75,15 +75,14 @@ def hungarian_layers(
         weights: of the three costs.
 
     Returns:
-        ``matches[layer][image]``; min(Q, number of objects) pairs each.
-
-    Raises:
-        FloatingPointError: a cost is NaN or infinite; names layer and image.
+        ``matches[layer][image]``; min(Q, number of objects) pairs each. A query whose cost is NaN
+        or infinite is the last choice. Nothing is raised: the loss will not be finite either, and
+        there all ranks look at it together; one that left here would leave the others waiting.
     """
     costs = matching_cost(logits, boxes, targets, sizes, weights).cpu().numpy()
     pairs = [
-        [_solve(cost[:, : len(t)], layer, t) for cost, t in zip(of_layer, targets, strict=True)]
-        for layer, of_layer in enumerate(costs)
+        [_solve(cost[:, : len(t)]) for cost, t in zip(of_layer, targets, strict=True)]
+        for of_layer in costs
     ]
     # One copy back to the device as well, then views of it.
     flat = torch.from_numpy(np.concatenate([p for of_layer in pairs for p in of_layer], axis=1))
@@ -102,11 +101,8 @@ def hungarian(
     return hungarian_layers(logits[None], boxes[None], targets, sizes, weights)[0]
 
 
-def _solve(cost: NDArray[np.float32], layer: int, targets: Targets) -> NDArray[np.int64]:
+def _solve(cost: NDArray[np.float32]) -> NDArray[np.int64]:
     """(2, n) matched rows and columns of a (Q, objects) cost."""
-    if not np.isfinite(cost).all():
-        raise FloatingPointError(
-            f"the matching cost of layer {layer}, image {targets.image_id} is not finite: logits "
-            "or boxes hold NaN or infinity; lower the learning rate or use precision=fp32"
-        )
-    return np.stack(linear_sum_assignment(cost))
+    worst = 1e9  # beyond any sum of finite costs, and few enough digits from them for float64
+    finite = np.nan_to_num(cost.astype(np.float64), nan=worst, posinf=worst, neginf=worst)
+    return np.stack(linear_sum_assignment(finite))

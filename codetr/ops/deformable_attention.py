@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,15 +24,17 @@ def deformable_attention(
         weights: (B, Q, H, levels, P), which sum to one over levels and points.
 
     Returns:
-        (B, Q, H * D).
+        (B, Q, H * D) of ``value``'s dtype; sampled and added up in float32 at least.
     """
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B H, D, T)
-    grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P, 2)
-    shares = weights.to(value.dtype).transpose(1, 2).flatten(0, 1)[:, None]  # (B H, 1, Q, L, P)
+    # bf16 cannot tell neighbouring cells of a large map apart: sample and add up in float32.
+    exact = torch.promote_types(value.dtype, torch.float32)
+    maps = value.to(exact).permute(0, 2, 3, 1).flatten(0, 1)  # (B H, D, T)
+    grids = (2 * locations.to(exact) - 1).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P, 2)
+    shares = weights.to(exact).transpose(1, 2).flatten(0, 1)[:, None]  # (B H, 1, Q, L, P)
 
-    result = value.new_zeros(batch * heads, channels, queries)
+    result = maps.new_zeros(batch * heads, channels, queries)
     for level, level_map in enumerate(maps.split([h * w for h, w in shapes], dim=2)):
         sampled = functional.grid_sample(
             level_map.unflatten(2, shapes[level]),
@@ -41,4 +44,5 @@ def deformable_attention(
             align_corners=False,
         )  # (B H, D, Q, P)
         result = result + (sampled * shares[:, :, :, level]).sum(-1)
-    return result.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+    result = result.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+    return result.to(value.dtype)
