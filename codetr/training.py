@@ -122,6 +122,10 @@ def parallelise(model: nn.Module) -> nn.Module:
 # ----------------------------------------------------------------- optimiser, schedule, precision
 
 
+WARMUP_START = 1e-3
+"""Share of the learning rate at which the warm-up begins."""
+
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     """AdamW with the reference's learning rates: the backbone's, and those of sampling offsets and
     reference points, are multiples of the rest's (method.md 63). All decay alike."""
@@ -162,10 +166,6 @@ def build_schedule(optimizer: Optimizer, config: TrainingConfig, steps_per_epoch
         return (WARMUP_START + (1 - WARMUP_START) * warm) * config.drop_factor**drops
 
     return LambdaLR(optimizer, factor)
-
-
-WARMUP_START = 1e-3
-"""Share of the learning rate at which the warm-up begins."""
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
@@ -400,7 +400,7 @@ class _StepValues:
     @classmethod
     def over_ranks(cls, output: LossOutput, norm: Tensor, images: int) -> Self:
         named = output.losses | output.statistics
-        scalars = [output.total, norm, norm.new_tensor(images), *named.values()]
+        scalars = [output.total, norm, norm.new_full((), images), *named.values()]
         stacked = torch.stack([scalar.detach().float() for scalar in scalars])
         total, norm_, images_, *rest = (world_sum(stacked) / world_size()).tolist()
         values = dict(zip(named, rest, strict=True))

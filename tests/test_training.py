@@ -209,6 +209,19 @@ def test_loss_falls():
     assert totals[-1] < 0.85 * totals[0]
 
 
+def test_bf16_stays_close_to_fp32():
+    """The losses and gradients of a step; what needs precision is computed in fp32 all the same."""
+    reports = [
+        train_epoch(
+            start(tiny_detector("atss", FASTER_RCNN), tiny_training(precision=precision), 1),
+            batches()[:1],
+        )
+        for precision in ("fp32", "bf16")
+    ]
+    assert reports[0].losses == pytest.approx(reports[1].losses, rel=0.1, abs=0.02)
+    assert reports[0].total != reports[1].total
+
+
 # ------------------------------------------------------------------------- reproduction and resume
 
 
