@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -17,6 +16,9 @@ from codetr.structures import Size, Targets
 
 Match = tuple[Tensor, Tensor]
 """(n,) query indices in ascending order, and (n,) the object that each is matched with."""
+
+WORST = 1e9
+"""Cost of a query whose cost is not finite: float64 holds it and finite ones in one sum."""
 
 
 def focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -79,9 +81,13 @@ def hungarian_layers(
         or infinite is the last choice. Nothing is raised: the loss will not be finite either, and
         there all ranks look at it together; one that left here would leave the others waiting.
     """
-    costs = matching_cost(logits, boxes, targets, sizes, weights).cpu().numpy()
+    cost = matching_cost(logits, boxes, targets, sizes, weights).cpu().double()
+    costs = cost.nan_to_num(nan=WORST, posinf=WORST, neginf=WORST).numpy()
     pairs = [
-        [_solve(cost[:, : len(t)]) for cost, t in zip(of_layer, targets, strict=True)]
+        [
+            np.stack(linear_sum_assignment(cost[:, : len(t)]))
+            for cost, t in zip(of_layer, targets, strict=True)
+        ]
         for of_layer in costs
     ]
     # One copy back to the device as well, then views of it.
@@ -99,10 +105,3 @@ def hungarian(
 ) -> list[Match]:
     """:func:`hungarian_layers` for a single layer: (B, Q, C) logits and (B, Q, 4) boxes."""
     return hungarian_layers(logits[None], boxes[None], targets, sizes, weights)[0]
-
-
-def _solve(cost: NDArray[np.float32]) -> NDArray[np.int64]:
-    """(2, n) matched rows and columns of a (Q, objects) cost."""
-    worst = 1e9  # beyond any sum of finite costs, and few enough digits from them for float64
-    finite = np.nan_to_num(cost.astype(np.float64), nan=worst, posinf=worst, neginf=worst)
-    return np.stack(linear_sum_assignment(finite))

@@ -30,19 +30,20 @@ def deformable_attention(
     queries = locations.shape[1]
     # bf16 cannot tell neighbouring cells of a large map apart: sample and add up in float32.
     exact = torch.promote_types(value.dtype, torch.float32)
+    # Queries innermost: there are many, and few points; what runs over long rows vectorises.
     maps = value.to(exact).permute(0, 2, 3, 1).flatten(0, 1)  # (B H, D, T)
-    grids = (2 * locations.to(exact) - 1).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P, 2)
-    shares = weights.to(exact).transpose(1, 2).flatten(0, 1)[:, None]  # (B H, 1, Q, L, P)
+    grids = (2 * locations.to(exact) - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)
+    shares = weights.to(exact).permute(0, 2, 3, 4, 1).flatten(0, 1)[:, None]  # (B H, 1, L, P, Q)
 
     result = maps.new_zeros(batch * heads, channels, queries)
     for level, level_map in enumerate(maps.split([h * w for h, w in shapes], dim=2)):
         sampled = functional.grid_sample(
             level_map.unflatten(2, shapes[level]),
-            grids[:, :, level],
+            grids[:, level],  # (B H, P, Q, 2)
             mode="bilinear",
             padding_mode="zeros",
             align_corners=False,
-        )  # (B H, D, Q, P)
-        result = result + (sampled * shares[:, :, :, level]).sum(-1)
+        )  # (B H, D, P, Q)
+        result = result + (sampled * shares[:, :, level]).sum(2)
     result = result.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
     return result.to(value.dtype)

@@ -154,5 +154,13 @@ def _stack(rows: list[Tensor], pad: Sequence[tuple[int, ...]], value: float = 0)
 
 
 def _gather(candidates: list[Tensor], indices: Tensor) -> Tensor:
-    """(B, Q, D): rows ``indices`` (B, Q) of each image's candidates (N, D)."""
-    return torch.stack([c[i] for c, i in zip(candidates, indices, strict=True)])
+    """(B, Q, D): rows ``indices`` (B, Q) of each image's candidates (N, D).
+
+    An image without a single candidate has padding alone, of zeros: Faster R-CNN proposes nothing
+    where all boxes are empty.
+    """
+    rows = [
+        c[i] if len(c) else c.new_zeros(len(i), c.shape[1])
+        for c, i in zip(candidates, indices, strict=True)
+    ]
+    return torch.stack(rows)
