@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
-from orchestrator.board import Epoch
+from orchestrator.board import Board, Epoch
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 
@@ -24,18 +20,46 @@ KEPT_CHECKPOINTS = 2
 """The best ones; the last is always kept beside them."""
 
 
+class Foreman(Board):
+    """As a Ray actor it drives the jobs, each in a thread, and is the board that they report to.
+
+    An actor, not the process that the user has started: that one must be able to leave Ray at any
+    moment, and Ray ends a process in which a thread waits for it then.
+    """
+
+    def __init__(self, plan: Plan, loop: Loop) -> None:
+        super().__init__()
+        self.plan, self.loop = plan, loop
+
+    def train(self, trial: Trial) -> str | None:
+        """Train a trial to its end; returns why it failed, or None."""
+        import ray
+
+        return fit(self.plan, trial, ray.get_runtime_context().current_actor, self.loop)
+
+
+def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
+    """The plan's foreman as an actor beside this process, for ``slots`` trials at a time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Foreman)
+    # A few threads more, for those who look at the board.
+    return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
+
+
 def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
     """Train a trial on the running cluster, from its last checkpoint; blocks until it ends.
-
-    Any thread may call it: Ray Train's controller is an actor of its own.
 
     Returns:
         Why it failed; None if it did not.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from orchestrator.callback import ReportToBoard
+    from orchestrator.loopback import LoopbackConfig
 
     resources = plan.resources
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
@@ -49,6 +73,7 @@ def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
+        torch_config=LoopbackConfig() if plan.address is None else TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -69,11 +94,11 @@ def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
     try:
         reason: str | None = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
-        return _failure_text(error)
+        return failure_text(error)
     return reason
 
 
-def _failure_text(error: Any) -> str:
+def failure_text(error: Any) -> str:
     """The first worker's error in a line, without Ray's traceback of every process."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
@@ -103,53 +128,3 @@ def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
 
 def _path(checkpoint: Any) -> Path | None:
     return None if checkpoint is None else Path(checkpoint.path)
-
-
-@dataclass(frozen=True)
-class Event:
-    """A trial was taken up, or has ended: then with the reason if it failed."""
-
-    trial: Trial
-    ended: bool
-    reason: str | None = None
-
-
-class Jobs:
-    """Works off trials in a few threads, each of which waits for one Ray Train job at a time."""
-
-    def __init__(self, trials: Sequence[Trial]) -> None:
-        self._waiting = deque(trials)
-        self._events: SimpleQueue[Event] = SimpleQueue()
-
-    def start(self, slots: int, run: Callable[[Trial], str | None]) -> None:
-        """Begin with the first ``slots`` trials; ``run`` returns why a trial failed, or None."""
-        for number in range(slots):
-            # Daemons: after Ctrl-C nobody waits for them.
-            threading.Thread(
-                target=self._work, args=(run,), name=f"slot-{number}", daemon=True
-            ).start()
-
-    def _work(self, run: Callable[[Trial], str | None]) -> None:
-        while True:
-            try:
-                trial = self._waiting.popleft()
-            except IndexError:
-                return
-            self._events.put(Event(trial, ended=False))
-            try:
-                reason = run(trial)
-            except Exception as error:  # one trial's trouble must not take the slot away
-                reason = f"{type(error).__name__}: {error}"
-            self._events.put(Event(trial, ended=True, reason=reason))
-
-    def events(self) -> Iterator[Event]:
-        """What has happened since the last call."""
-        while True:
-            try:
-                yield self._events.get_nowait()
-            except Empty:
-                return
-
-    def cancel(self) -> None:
-        """Take up no further trial."""
-        self._waiting.clear()

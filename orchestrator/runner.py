@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -13,11 +13,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from codetr.config import ConfigError
-from orchestrator.board import Board, Progress
+from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Event, Jobs, Loop, fit, result_on_disk
+from orchestrator.jobs import Loop, failure_text, result_on_disk, start_foreman
 from orchestrator.plan import Plan, Trial
 from orchestrator.report import write_tables, write_trial_files
 from orchestrator.results import State, TrialResult
@@ -194,34 +194,35 @@ class _Run:
 
     # --------------------------------------------------------------------------------- training
 
-    def _train(self, waiting: list[Trial]) -> None:
+    def _train(self, trials: list[Trial]) -> None:
         """Train these trials until the last one has ended."""
-        if not waiting:
+        if not trials:
             return
-        slots = min(self.cluster.slots(), len(waiting))
-        self.view.stage(f"training {len(waiting)} trials, {slots} at a time")
-        board = _board()
-        # The longest first, or it would end up alone: heads cost time.
-        jobs = Jobs(sorted(waiting, key=lambda trial: -trial.detector.k))
-        try:
-            jobs.start(slots, lambda trial: fit(self.plan, trial, board, self.loop))
-            while len(self.results) < len(self.plan.trials):
-                for event in jobs.events():
-                    self._look(board)
-                    self._on(event)
-                self._look(board)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            jobs.cancel()
+        import ray
 
-    def _look(self, board: Any) -> None:
+        with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
+            slots = min(self.cluster.slots(), len(trials))
+            foreman = start_foreman(self.plan, self.loop, slots)
+        self.view.stage(f"training {len(trials)} trials, {slots} at a time")
+        # The longest first, or it would end up alone: heads cost time.
+        waiting = deque(sorted(trials, key=lambda trial: -trial.detector.k))
+        running: dict[Any, Trial] = {}
+        while waiting or running:
+            with self.interrupts.shield():
+                while waiting and len(running) < slots:
+                    trial = waiting.popleft()
+                    self._begin(trial)
+                    running[foreman.train.remote(trial)] = trial
+                ended, _ = ray.wait([*running], timeout=_POLL_SECONDS)
+                self._look(foreman)
+                for reference in ended:
+                    self._ended(running.pop(reference), reference)
+
+    def _look(self, foreman: Any) -> None:
         """Fetch and show what the trials have said."""
         import ray
 
-        try:
-            progress, reports = ray.get(board.fetch.remote())
-        except ray.exceptions.RayActorError:
-            return  # its node is gone; what the trials report lies in their folders too
+        progress, reports = ray.get(foreman.fetch.remote())
         by_id = {trial.id: trial for trial in self.plan.trials}
         for identity, latest in progress.items():
             self.view.progress(by_id[identity], latest)
@@ -229,19 +230,22 @@ class _Run:
             self.view.epoch(by_id[identity], history[-1])
             self._record("record", by_id[identity], history)
 
-    def _on(self, event: Event) -> None:
-        if not event.ended:
-            self._begin(event.trial)
-            self.view.progress(event.trial, Progress("starting"))
-            return
-        result = result_on_disk(self.plan, event.trial)
-        if event.reason is not None or result.state != "finished":
-            reason = event.reason or f"ended after {len(result.history)} epochs"
+    def _ended(self, trial: Trial, reference: Any) -> None:
+        import ray
+
+        try:
+            reason = ray.get(reference)
+        except ray.exceptions.RayError as error:  # Ray itself: one trial's, not the others'
+            reason = failure_text(error)
+        result = result_on_disk(self.plan, trial)
+        if reason is not None or result.state != "finished":
+            reason = reason or f"ended after {len(result.history)} epochs"
             result = replace(result, state="failed", reason=reason)
         self._end(result)
 
     def _begin(self, trial: Trial) -> None:
         self.begun.add(trial.id)
+        self.view.progress(trial, Progress("starting"))
         self._record("begin", trial)
 
     def _end(self, result: TrialResult) -> None:
@@ -284,12 +288,3 @@ class _Run:
             self._end(result)
         else:
             self.results[trial.id] = result
-
-
-def _board() -> Any:
-    """A board as actor beside this process: who ends it, ends both."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()

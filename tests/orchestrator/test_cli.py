@@ -141,10 +141,10 @@ def test_shell_completion_is_offered():
 
 def test_the_command_that_is_recommended_can_be_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", [".venv/bin/codetr", "run"])
-    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cli.shutil, "which", {}.get)
     assert cli._this_command() == ".venv/bin/codetr"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/codetr", "run"])
-    monkeypatch.setattr(cli.shutil, "which", lambda name: "/usr/bin/codetr")
+    monkeypatch.setattr(cli.shutil, "which", {"codetr": "/usr/bin/codetr"}.get)
     assert cli._this_command() == "codetr"
     assert cli._output_option(Path("runs").absolute()) == ""
     assert cli._output_option(Path("/x")) == " --output /x"

@@ -148,7 +148,7 @@ def test_planning_imports_nothing_heavy():
         "print([m for m in ('torch', 'ray', 'mlflow', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
