@@ -32,8 +32,11 @@ if TYPE_CHECKING:
 def show_plan(console: Console, plan: Plan) -> None:
     """Everything that is going to run."""
     console.print(f"[bold]{plan.name}[/]: {plan.experiment.question}", highlight=False)
-    console.print(_trial_table(plan))
-    console.print(_loss_table(plan))
+    for table in (_trial_table(plan), _loss_table(plan)):
+        # Whole even where the terminal is narrow: nothing of a name or weight may be lost.
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        wide = Console(file=console.file, width=max(needed, console.width))
+        wide.print(table)
     facts = [
         *_by_arm("detector", plan, lambda trial: detector_text(trial.detector)),
         *_by_arm("data", plan, _data_text),
@@ -88,7 +91,7 @@ def _loss_table(plan: Plan) -> Table:
         trial.arm: dict(grouped_weights(trial.detector.loss_weights())) for trial in plan.trials
     }
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("effective weight of each loss term (equation 6)")
+    table.add_column("effective weight of (equation 6)")
     for arm in weights:
         table.add_column(arm, justify="right")
     for term in dict.fromkeys(term for arm in weights.values() for term in arm):

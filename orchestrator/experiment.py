@@ -74,7 +74,10 @@ class Profile(Layer):
 
 
 class Experiment(Layer):
-    """What can be run by name."""
+    """What can be run by name.
+
+    A file may say ``extends: NAME``: it then has that experiment's sizes, and overrides some.
+    """
 
     name: str
     file: Path
@@ -125,16 +128,34 @@ def load_experiment(name: str) -> Experiment:
     Raises:
         ConfigError: no such experiment (the text names the nearest), or a file that is not valid.
     """
+    path = _find(name, "")
+    return parse(Experiment, {"name": path.stem, **_read(path), "file": path}, str(path))
+
+
+def _find(name: str, source: str) -> Path:
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        files = experiment_files()
-        if name not in files:
-            raise ConfigError(f"no experiment '{name}'; {nearest(name, [*files])}")
-        path = files[name]
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    files = experiment_files()
+    if name not in files:
+        raise ConfigError(f"{source}no experiment '{name}'; {nearest(name, [*files])}")
+    return files[name]
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
+    """The file's content, laid over that of the experiment that it ``extends``."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: an experiment is a mapping with 'question', 'arms', 'profiles'")
-    return parse(Experiment, {"name": path.stem, **content, "file": path}, str(path))
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if path in heirs:
+        raise ConfigError(f"{path}: extends itself")
+    inherited = _read(_find(str(parent), f"{path}: extends: "), (*heirs, path))
+    # The sizes are inherited; what is asked and compared is not.
+    own = ("name", "question", "paper", "arms")
+    return merge({key: value for key, value in inherited.items() if key not in own}, content)
 
 
 # --------------------------------------------------------------------------------------- the paper

@@ -115,6 +115,24 @@ def test_own_experiments_come_before_the_shipped(tmp_path, monkeypatch):
     assert load_experiment("mine").name == "mine"
 
 
+def test_an_experiment_inherits_sizes_but_not_arms(tmp_path):
+    text = "extends: ablation-k\nquestion: Mine?\narms: {a: {}}\ntraining: {clip_norm: 7}\n"
+    mine, parent = load_experiment(write(tmp_path, text)), load_experiment("ablation-k")
+    assert mine.profiles == parent.profiles
+    assert [*mine.arms] == ["a"]
+    assert mine.paper is None
+    assert mine.training == {"clip_norm": 7}
+
+
+def test_what_cannot_be_extended(tmp_path):
+    path = write(tmp_path, "extends: ablation-q\n" + MINIMAL)
+    with pytest.raises(ConfigError, match=r"own\.yaml: extends: no experiment 'ablation-q'"):
+        load_experiment(path)
+    Path(path).write_text(f"extends: {path}\n" + MINIMAL)
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_experiment(path)
+
+
 keys = st.sampled_from("abc")
 trees = st.recursive(
     st.dictionaries(keys, st.integers()),

@@ -9,8 +9,11 @@ from orchestrator.plan import Options, Plan, make_plan
 from orchestrator.results import TrialResult
 
 
-def sample_plan(output: Path, **options) -> Plan:
-    plan = make_plan(load_experiment("ablation-k"), Options(output=output, **options))
+def sample_plan(output: Path, settings: tuple[str, ...] = (), **options) -> Plan:
+    """Four epochs of 250 steps, whatever the shipped experiment has."""
+    settings = ("epochs=4", "batch_size=8", "decoder_layers=2", "fc_dim=128", *settings)
+    experiment = load_experiment("ablation-k")
+    plan = make_plan(experiment, Options(output=output, settings=settings, **options))
     resources = plan.resources.model_copy(update={"workers": 1})
     return replace(plan, resources=resources)
 
