@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 from codetr.config import ConfigError
 from orchestrator.interrupt import descendants, end_processes
@@ -59,15 +61,13 @@ class Cluster:
         import ray
 
         self._started = True
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "codetr"}
+        quiet: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": "ERROR",
+            "namespace": "codetr",
+        }
         if self.plan.address is not None:
-            try:
-                ray.init(address=self.plan.address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ConfigError(
-                    f"--address {self.plan.address}: no Ray cluster there: {reason}"
-                ) from None
+            self._join(self.plan.address, quiet)
             return
         context = ray.init(
             address="local",
@@ -77,6 +77,16 @@ class Cluster:
             **quiet,
         )
         self._session = Path(context.address_info["session_dir"])
+
+    def _join(self, address: str, options: dict[str, Any]) -> None:
+        import ray
+
+        _require_answer(address)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"--address {address}: no Ray cluster there: {reason}") from None
 
     def slots(self) -> int:
         """How many of the plan's trials run at a time.
@@ -115,3 +125,23 @@ class Cluster:
     @property
     def logs(self) -> Path | None:
         return self._session and self._session / "logs"
+
+
+def _require_answer(address: str) -> None:
+    """Refuse at once where nobody listens: Ray would try for ten minutes.
+
+    Raises:
+        ConfigError: not HOST:PORT, or no connection.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise ConfigError(
+            f"--address {address}: give HOST:PORT of the cluster's head, or 'auto' on one of its "
+            "nodes"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"--address {address}: nothing answers there ({error})") from None

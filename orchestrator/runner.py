@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def prepare_data(plan: Plan, view: View) -> None:
         )
         for dataset in (train_set, val_set):
             if dataset.skipped:
-                view.say(f"{dataset.annotations}: left out {dataset.skipped} broken images")
+                view.say(f"{dataset.annotations}: left out {dataset.skipped} broken image(s)")
 
 
 @contextmanager
@@ -141,6 +142,7 @@ class _Run:
         self.recorder: Recorder | None = None
         self.results: dict[str, TrialResult] = {}
         self.begun: set[str] = set()
+        self.slots = 0
 
     def outcome(self) -> Outcome:
         interrupted = None
@@ -155,8 +157,8 @@ class _Run:
                 interrupted = signal.exit_code
             with self.interrupts.shield():
                 return self._finish(interrupted)
-        except BaseException:
-            self.cluster.stop(keep_logs=True)
+        except BaseException as error:
+            self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
             if self.recorder is not None:
                 self._record("close", "FAILED", [])
                 self.recorder.close(patience=10)
@@ -170,17 +172,19 @@ class _Run:
         return {r.trial.id: r for r in results if r.state == "finished"}
 
     def _start(self, *, with_ray: bool) -> None:
-        """Start Ray, and MLflow beside it; both take seconds."""
+        """Start Ray, then open MLflow: nothing is written before it is sure that the plan runs."""
         self.view.stage("starting Ray and MLflow" if with_ray else "opening MLflow")
+        # Meanwhile, because this import takes as long as Ray's start.
+        threading.Thread(target=import_module, args=("mlflow",), daemon=True).start()
         # Torn apart, Ray would leave processes behind and MLflow a run.
-        with self.interrupts.shield(), ThreadPoolExecutor(1, "tracking") as pool:
-            tracker = pool.submit(Tracker, self.plan)
+        with self.interrupts.shield():
             try:
                 if with_ray:
                     self.cluster.start()
+                    self.slots = self.cluster.slots()
             finally:
                 self.interrupts.install()  # Ray puts its own handlers in the place of ours
-                self.recorder = Recorder(tracker.result(), self.view.say)
+            self.recorder = Recorder(Tracker(self.plan), self.view.say)
 
     def _take_over(self, done: dict[str, TrialResult]) -> None:
         for result in done.values():
@@ -200,8 +204,8 @@ class _Run:
             return
         import ray
 
+        slots = min(self.slots, len(trials))
         with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
-            slots = min(self.cluster.slots(), len(trials))
             foreman = start_foreman(self.plan, self.loop, slots)
         self.view.stage(f"training {len(trials)} trials, {slots} at a time")
         # The longest first, or it would end up alone: heads cost time.

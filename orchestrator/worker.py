@@ -168,7 +168,7 @@ class _Training:
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        self.tell(Progress("saving", self.state.epoch))
+        self.tell(Progress("saving", self.state.epoch, self.trial.steps_per_epoch))
         # In the worker's own folder, which ends with Ray's session if Ray cannot remove it before.
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=Path.cwd()))
         self._save(folder, evaluation)

@@ -1,0 +1,113 @@
+import pytest
+from trial_samples import sample_plan
+
+from codetr.config import ConfigError
+from codetr.data import DataError
+from orchestrator.cluster import _require_answer
+from orchestrator.jobs import failure_text, result_on_disk
+from orchestrator.results import TrialResult
+from orchestrator.runner import Outcome, only_one, prepare_data
+from orchestrator.share import share
+
+
+class Silent:
+    """A view that only remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def stage(self, text: str) -> None:
+        pass
+
+
+def test_a_folder_is_held_against_a_second_invocation(tmp_path):
+    folder = tmp_path / "runs" / "name"
+    with only_one(folder):
+        with pytest.raises(ConfigError, match="another 'codetr run'"), only_one(folder):
+            pass
+    assert not (tmp_path / "runs").exists()  # nothing was written, so nothing stays
+    with only_one(folder):
+        (folder / "results.csv").touch()
+    assert (folder / "results.csv").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match="--output: cannot write"), only_one(file / "x"):
+        pass
+
+
+def test_broken_images_are_refused_or_counted(coco_folder, tmp_path):
+    import json
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(coco_folder, broken)
+    annotations = broken / "annotations" / "instances_train.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["bbox"] = [0, 0, 0, 5]
+    annotations.write_text(json.dumps(content))
+    options = {"data": str(broken), "settings": ("batch_size=4",)}
+    with pytest.raises(DataError, match="no area"):
+        prepare_data(sample_plan(tmp_path, **options), Silent())
+    view = Silent()
+    prepare_data(sample_plan(tmp_path, skip_bad=True, **options), view)
+    assert view.said == [f"{annotations}: left out 1 broken image(s)"]
+
+
+def test_train_and_val_must_have_the_same_classes(coco_folder, tmp_path):
+    import json
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(coco_folder, other)
+    annotations = other / "annotations" / "instances_val.json"
+    content = json.loads(annotations.read_text())
+    content["categories"][3]["name"] = "three"
+    annotations.write_text(json.dumps(content))
+    options = {"data": str(other), "settings": ("batch_size=4",)}
+    with pytest.raises(DataError, match="three"):
+        prepare_data(sample_plan(tmp_path, **options), Silent())
+
+
+def test_exit_codes_and_status(tmp_path):
+    trial = sample_plan(tmp_path).trials[0]
+    finished, failed = (TrialResult(trial, state, []) for state in ("finished", "failed"))
+    outcomes = [
+        Outcome([finished]),
+        Outcome([finished, failed]),
+        Outcome([failed], interrupted=130),
+    ]
+    assert [(o.exit_code, o.status) for o in outcomes] == [
+        (0, "FINISHED"),
+        (1, "FAILED"),
+        (130, "KILLED"),
+    ]
+
+
+def test_what_was_never_begun_has_left_nothing(tmp_path):
+    plan = sample_plan(tmp_path)
+    assert result_on_disk(plan, plan.trials[0]).state == "not started"
+    (plan.store / plan.trials[1].name).mkdir(parents=True)
+    assert result_on_disk(plan, plan.trials[1]).state == "interrupted"
+
+
+def test_a_failure_is_told_in_one_line():
+    assert failure_text(ValueError("line one\n\nthe end\n")) == "ValueError: the end"
+    assert failure_text(ValueError()) == "ValueError: no message"
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", ":1", "127.0.0.1:9"])
+def test_addresses_are_checked_before_ray_tries_for_minutes(address):
+    with pytest.raises(ConfigError, match=f"--address {address}"):
+        _require_answer(address)
+
+
+def test_shipped_folders_are_found():
+    assert (share("experiments") / "ablation-k.yaml").is_file()
+    with pytest.raises(FileNotFoundError, match="nonsense"):
+        share("nonsense")
