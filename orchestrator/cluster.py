@@ -27,6 +27,7 @@ _LOCAL_ENVIRONMENT = {
     # Watches for nodes about to be taken away: a process for each trial, and there is one node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+_TOKEN_FILE = Path("~/.ray/auth_token").expanduser()
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Only arguments and reports pass through it; the default is a third of the memory."""
 
@@ -41,8 +42,8 @@ class Cluster:
         self.plan = plan
         self._session: Path | None = None
         self._started = False
-        local = {} if plan.address else _LOCAL_ENVIRONMENT
-        for key, value in (_ENVIRONMENT | local).items():
+        more = _LOCAL_ENVIRONMENT if plan.address is None else _authentication()
+        for key, value in (_ENVIRONMENT | more).items():
             os.environ.setdefault(key, value)
         import ray
 
@@ -125,6 +126,12 @@ class Cluster:
     @property
     def logs(self) -> Path | None:
         return self._session and self._session / "logs"
+
+
+def _authentication() -> dict[str, str]:
+    """Have Ray show its token where there is one: a cluster that wants none does not mind."""
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return {"RAY_AUTH_MODE": "token"} if given or _TOKEN_FILE.exists() else {}
 
 
 def _require_answer(address: str) -> None:

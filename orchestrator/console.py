@@ -18,8 +18,8 @@ from rich.text import Text
 from codetr.config import DetectorConfig
 from orchestrator.board import Epoch, Progress
 from orchestrator.plan import Plan, Trial, local_cpus
-from orchestrator.report import SUMMARY_HEAD, summary_cells
-from orchestrator.results import TrialResult, summarise
+from orchestrator.report import summary_table
+from orchestrator.results import TrialResult
 from orchestrator.tracking import without_password
 
 if TYPE_CHECKING:
@@ -148,10 +148,8 @@ def _resources_text(plan: Plan) -> str:
     if at_a_time is None and plan.address is None:
         at_a_time = local_cpus() // plan.cpus_per_trial
     where = f"on the cluster at {plan.address}" if plan.address else "on a Ray started here"
-    return (
-        f"{resources.workers} worker(s) of {device} for each trial, "
-        f"{at_a_time or 'as many as fit'} trial(s) at a time, {where}"
-    )
+    together = f"{at_a_time} at a time" if at_a_time else "as many at a time as fit"
+    return f"{resources.workers} worker(s) of {device} for each trial, {together}, {where}"
 
 
 # --------------------------------------------------------------------------------- while it works
@@ -311,10 +309,11 @@ def _optional(value: float | None, form: str) -> str:
 
 def show_results(console: Console, results: list[TrialResult]) -> None:
     table = Table(box=SIMPLE_HEAD)
-    for number, column in enumerate(SUMMARY_HEAD):
+    head, *rows = summary_table(results)
+    for number, column in enumerate(head):
         table.add_column(column, justify="right" if number else "left")
-    for summary in summarise(results):
-        table.add_row(*summary_cells(summary))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -55,7 +55,7 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
         f"{trial.steps_per_epoch} steps, global batch {training.batch_size}. "
         "AP in percent after the last epoch.",
         "",
-        *_table(SUMMARY_HEAD, [summary_cells(summary) for summary in summarise(results)]),
+        *_markdown_table(summary_table(results)),
     ]
     if experiment.paper is not None:
         lines += [
@@ -63,20 +63,37 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
             f"Paper: `{experiment.paper.table}`, COCO val2017. "
             "Other data and other sizes give other numbers: compare the gains.",
         ]
-    lines += ["", "## Trials", "", *_table(TRIAL_HEAD, [trial_cells(result) for result in results])]
+    lines += ["", "## Trials", "", *_markdown_table(trial_table(results))]
     failed = [result for result in results if result.reason]
     lines += [f"\n**{r.trial.arm}, seed {r.trial.seed}, failed:** {r.reason}" for r in failed]
     return "\n".join(lines) + "\n"
 
 
-SUMMARY_HEAD = ("arm", "AP", "gain", "paper's AP", "paper's gain")
-TRIAL_HEAD = (
-    "arm", "seed", "status", "AP", "AP50", "AP75", "small", "medium", "large",
-    "core-h", "GPU-h", "s/step", "images/s", "peak MB", "M params training", "inference",
-)  # fmt: skip
+EMPTY = "–"
+Rows = list[list[str]]
 
 
-def summary_cells(summary: ArmSummary) -> list[str]:
+def summary_table(results: list[TrialResult]) -> Rows:
+    """Head and a row for each arm, beside the paper."""
+    head = ["arm", "AP", "gain", "paper's AP", "paper's gain"]
+    return _without_empty_columns([head, *map(_summary_cells, summarise(results))])
+
+
+def trial_table(results: list[TrialResult]) -> Rows:
+    """Head and a row for each trial."""
+    head = [
+        "arm", "seed", "status", "AP", "AP50", "AP75", "small", "medium", "large",
+        "core-h", "GPU-h", "s/step", "images/s", "peak MB", "M params training", "inference",
+    ]  # fmt: skip
+    return _without_empty_columns([head, *map(_trial_cells, results)])
+
+
+def _without_empty_columns(rows: Rows) -> Rows:
+    kept = [i for i in range(len(rows[0])) if any(row[i] != EMPTY for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows]
+
+
+def _summary_cells(summary: ArmSummary) -> list[str]:
     spread = ""
     if len(summary.aps) > 1:
         spread = f" ({min(summary.aps):.1f}–{max(summary.aps):.1f})"
@@ -89,7 +106,7 @@ def summary_cells(summary: ArmSummary) -> list[str]:
     ]
 
 
-def trial_cells(result: TrialResult) -> list[str]:
+def _trial_cells(result: TrialResult) -> list[str]:
     r = row(result)
     training, inference = r["parameters_training"], r["parameters_inference"]
     return [
@@ -113,12 +130,12 @@ def trial_cells(result: TrialResult) -> list[str]:
 
 
 def _number(value: Value, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) else "–"
+    return format(value, form) if isinstance(value, (int, float)) else EMPTY
 
 
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _markdown_table(rows: Rows) -> list[str]:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
 # ------------------------------------------------------------------------------ files of one trial

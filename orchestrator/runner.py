@@ -207,7 +207,8 @@ class _Run:
         slots = min(self.slots, len(trials))
         with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
             foreman = start_foreman(self.plan, self.loop, slots)
-        self.view.stage(f"training {len(trials)} trials, {slots} at a time")
+        plural = "s" * (len(trials) > 1)
+        self.view.stage(f"training {len(trials)} trial{plural}, {slots} at a time")
         # The longest first, or it would end up alone: heads cost time.
         waiting = deque(sorted(trials, key=lambda trial: -trial.detector.k))
         running: dict[Any, Trial] = {}

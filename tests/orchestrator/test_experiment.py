@@ -133,6 +133,15 @@ def test_what_cannot_be_extended(tmp_path):
         load_experiment(path)
 
 
+def test_the_example_of_the_documentation_can_be_planned(tmp_path):
+    text = Path(__file__).parents[2].joinpath("docs", "experiments.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    experiment = load_experiment(write(tmp_path, example))
+    plan = make_plan(experiment, Options(profile="laptop"))
+    assert [trial.paper_ap for trial in plan.trials[:1]] == [48.7]
+    assert plan.trials[-1].detector.heads[0].convs == 0
+
+
 keys = st.sampled_from("abc")
 trees = st.recursive(
     st.dictionaries(keys, st.integers()),

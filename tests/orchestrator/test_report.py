@@ -8,7 +8,14 @@ from trial_samples import sample_plan, sample_results
 
 from codetr.config import DetectorConfig
 from orchestrator.pictures import draw_ap_by_arm, draw_ap_by_epoch, draw_curves
-from orchestrator.report import csv_table, markdown, write_tables, write_trial_files
+from orchestrator.report import (
+    csv_table,
+    markdown,
+    summary_table,
+    trial_table,
+    write_tables,
+    write_trial_files,
+)
 from orchestrator.results import TrialResult, row, summarise
 
 
@@ -67,13 +74,21 @@ def test_an_arm_without_a_result_has_no_number(plan):
     assert second.gain is None
     text = markdown(plan, results)
     assert "**K=0, seed 0, failed:** NaN" in text
-    assert "| K=0 | – | – | 47.1 | – |" in text
+    assert "| K=0 | – | 47.1 | – |" in text
 
 
 def test_markdown_shows_the_spread_of_seeds(plan):
     text = markdown(plan, sample_results(plan))
     assert "| K=1 ATSS | 20.5 (20.0–21.0) | +10.0 | 48.7 | +1.6 |" in text
     assert "`table7_number_of_heads`" in text
+
+
+def test_columns_without_any_number_are_left_out(plan):
+    results = sample_results(plan)
+    assert "GPU-h" not in trial_table(results)[0]
+    assert "large" not in trial_table(results)[0]
+    alone = [r for r in results if r.trial.arm == "K=0"]
+    assert summary_table(alone)[0] == ["arm", "AP", "paper's AP"]
 
 
 def test_files_of_a_trial(plan):

@@ -25,9 +25,8 @@ class Silent:
 
 def test_a_folder_is_held_against_a_second_invocation(tmp_path):
     folder = tmp_path / "runs" / "name"
-    with only_one(folder):
-        with pytest.raises(ConfigError, match="another 'codetr run'"), only_one(folder):
-            pass
+    with only_one(folder), pytest.raises(ConfigError, match="another"), only_one(folder):
+        pass
     assert not (tmp_path / "runs").exists()  # nothing was written, so nothing stays
     with only_one(folder):
         (folder / "results.csv").touch()
