@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,8 +51,10 @@ def evaluate_checkpoint(
     loader = build_loader(dataset, batch_size, training=False)
     metrics = evaluate(model.to(_device()), loader, dataset, engine, branch=branch).metrics
     if json_file is not None:
-        content = {"summary": metrics.summary, "per_class": metrics.per_class}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        # What is undefined, as the AP of large objects where there are none, is null: JSON has no NaN.
+        summary = {k: v if math.isfinite(v) else None for k, v in metrics.summary.items()}
+        content = {"summary": summary, "per_class": metrics.per_class}
+        json_file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
