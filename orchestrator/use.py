@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     loader = build_loader(dataset, batch_size, training=False)
     metrics = evaluate(model.to(_device()), loader, dataset, engine, branch=branch).metrics
     if json_file is not None:
-        # What is undefined, as the AP of large objects where there are none, is null: JSON has no NaN.
+        # JSON has no NaN: what is undefined, as the AP of large objects without any, is null.
         summary = {k: v if math.isfinite(v) else None for k, v in metrics.summary.items()}
         content = {"summary": summary, "per_class": metrics.per_class}
         json_file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
