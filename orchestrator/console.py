@@ -161,8 +161,8 @@ class View(Protocol):
     def say(self, text: str) -> None:
         """One line that stays."""
 
-    def stage(self, text: str) -> None:
-        """What is being done just now, before or after the trials."""
+    def stage(self, text: str, detail: str = "") -> None:
+        """What is being done just now beside the trials; the detail may change often."""
 
     def progress(self, trial: Trial, progress: Progress) -> None:
         """Where a running trial is."""
@@ -179,14 +179,16 @@ class PlainView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._stage = ""
         self._progress: dict[str, Progress] = {}
-        self._stages: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def stage(self, text: str) -> None:
-        self.say(text)
+    def stage(self, text: str, detail: str = "") -> None:  # noqa: ARG002 - for the eye alone
+        if text != self._stage:
+            self.say(text)
+        self._stage = text
 
     def progress(self, trial: Trial, progress: Progress) -> None:
         self._progress[trial.id] = progress
@@ -220,8 +222,8 @@ class LiveView:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def stage(self, text: str) -> None:
-        self._stage = text
+    def stage(self, text: str, detail: str = "") -> None:
+        self._stage = f"{text} {detail}".rstrip()
 
     def progress(self, trial: Trial, progress: Progress) -> None:
         self._running[trial.id] = (trial, progress, time.monotonic())

@@ -12,6 +12,9 @@ from typing import Self
 
 import psutil
 
+SHOW_CURSOR = b"\x1b[?25h"
+"""A live display hides it, and has no time to show it again."""
+
 
 class Interrupted(BaseException):
     """Someone asked to stop; like KeyboardInterrupt it is not an Exception."""
@@ -65,6 +68,8 @@ class Interrupts:
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             end_processes(descendants(), patience=0)
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), SHOW_CURSOR)
             os._exit(128 + signum)
         self.received = signum
         # Not print: the signal may have come in the middle of one.

@@ -94,7 +94,7 @@ def prepare_data(plan: Plan, view: View) -> None:
         if data.dataset != "coco":
             cached_digits(
                 lvis=data.dataset == "digits-lvis",
-                progress=lambda done, total: view.stage(f"making images: {done}/{total}"),
+                progress=lambda done, total: view.stage("making the images", f"{done}/{total}"),
             )
         view.stage("opening the data")
         train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")

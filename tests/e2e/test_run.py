@@ -4,9 +4,11 @@ import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -269,6 +271,25 @@ def test_ctrl_c_while_starting_leaves_nothing_behind(laboratory):
     assert not survivors
     parents, _ = laboratory.runs("starting")
     assert {run.info.status for run in parents} == {"KILLED"}
+
+
+def test_the_ui_listens_on_loopback_alone(laboratory):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [*CODETR, "ui", "--output", str(laboratory.output), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    laboratory.started.append(process)
+    read_until(process, f"running on http://127.0.0.1:{port}")
+    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=10"
+    assert b'"tiny"' in urllib.request.urlopen(url).read()
+    everyone = [psutil.Process(process.pid), *descendants(process)]
+    assert listening(everyone) == {"127.0.0.1"}
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
 
 
 def test_ctrl_c_twice_ends_at_once(laboratory):

@@ -93,6 +93,15 @@ def test_without_a_terminal_there_is_a_line_for_each_epoch(tmp_path):
     assert lines[1] == "K=1 ATSS, seed 0: finished, 4/4 epochs, AP 20.0"
 
 
+def test_without_a_terminal_a_stage_is_one_line(tmp_path):
+    target = console()
+    view = PlainView(target)
+    for done in range(100):
+        view.stage("making the images", f"{done}/100")
+    view.stage("training")
+    assert printed(target) == "making the images\ntraining\n"
+
+
 def test_on_a_terminal_each_running_trial_has_a_live_line(tmp_path):
     plan = sample_plan(tmp_path)
     target = console(force_terminal=True)

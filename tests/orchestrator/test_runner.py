@@ -19,7 +19,7 @@ class Silent:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, detail: str = "") -> None:
         pass
 
 
