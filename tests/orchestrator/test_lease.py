@@ -1,0 +1,122 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orchestrator.lease import LAPSE_SECONDS, Lease, Leases, Owner, has_lapsed, holder
+
+RACE = """
+import sys
+from pathlib import Path
+from orchestrator.lease import Leases
+leases = Leases(Path(sys.argv[1]), "race")
+print("ready", flush=True)
+sys.stdin.readline()
+won = [n for n in range(50) if leases.acquire(f"trial{n}") is None]
+print(*won, flush=True)
+sys.stdin.readline()
+"""
+HOLD = """
+import sys, time
+from pathlib import Path
+from orchestrator.lease import Leases
+with Leases(Path(sys.argv[1]), "first", heartbeat=0.1) as leases:
+    assert leases.acquire("trial") is None
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(program, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], stdin=-1, stdout=-1, text=True
+    )
+
+
+def test_of_two_processes_exactly_one_gets_each_lease(tmp_path):
+    processes = [start(RACE, tmp_path) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    won = [process.stdout.readline().split() for process in processes]
+    for process in processes:
+        process.communicate("end\n", timeout=30)
+    assert sorted(won[0] + won[1], key=int) == [str(n) for n in range(50)]
+
+
+def test_a_lease_is_held_while_its_process_lives_and_lapses_when_it_is_killed(tmp_path):
+    process = start(HOLD, tmp_path)
+    assert process.stdout.readline() == "held\n"
+    second = Leases(tmp_path, "second")
+    against = second.acquire("trial")
+    assert (against.name, against.owner.pid) == ("first", process.pid)
+    process.kill()
+    process.wait()
+    assert holder(tmp_path, "trial") is None
+    assert second.acquire("trial") is None
+    assert holder(tmp_path, "trial").owner == Owner.this()
+    second.release("trial")
+    assert holder(tmp_path, "trial") is None
+
+
+def test_the_heartbeat_touches_the_lease_and_the_end_gives_it_back(tmp_path):
+    process = start(HOLD, tmp_path)
+    assert process.stdout.readline() == "held\n"
+    path = tmp_path / ".leases" / "trial"
+    os.utime(path, (0, 0))
+    deadline = time.monotonic() + 30
+    while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.stat().st_mtime > 0
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert not path.exists()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A lease of another machine."""
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        Leases(tmp_path, "first").acquire("trial")
+    return tmp_path / ".leases" / "trial"
+
+
+def test_another_machines_lease_lapses_with_its_heartbeat(elsewhere, tmp_path):
+    assert not has_lapsed(elsewhere)
+    assert Leases(tmp_path, "second").acquire("trial").owner.host == "elsewhere"
+    old = time.time() - LAPSE_SECONDS - 5
+    os.utime(elsewhere, (old, old))
+    assert Leases(tmp_path, "second").acquire("trial") is None
+
+
+def test_a_lease_taken_away_stops_its_former_owner(tmp_path, monkeypatch):
+    signals = []
+    monkeypatch.setattr("os.kill", lambda *signal: signals.append(signal))
+    with Leases(tmp_path, "first", heartbeat=0.05) as leases:
+        leases.acquire("trial")
+        path = tmp_path / ".leases" / "trial"
+        taken = path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1')
+        path.write_text(taken)
+        deadline = time.monotonic() + 30
+        while not leases.lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert leases.lost == {"trial"}
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert path.read_text() == taken  # not given back: it is another's
+
+
+def test_an_unreadable_lease_stands_until_it_is_old(tmp_path):
+    leases = Leases(tmp_path, "second")
+    (tmp_path / ".leases").mkdir()
+    path = tmp_path / ".leases" / "trial"
+    path.touch()
+    assert Lease.read(path) is None
+    assert leases.acquire("trial").name == "unknown"
+    os.utime(path, (0, 0))
+    assert leases.acquire("trial") is None
