@@ -351,6 +351,9 @@ class TrainingConfig(Strict):
     """auto: bf16 on a GPU that supports it, else fp32."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    accumulate: PositiveInt = 1
+    """Parts in which each worker computes its share of a batch: a fraction of the memory, twice the
+    forward passes, the same gradients. At most the worker's images, if given more."""
     loader_workers: NonNegativeInt = 0
     """Processes that load images, for each training worker."""
 

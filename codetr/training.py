@@ -12,9 +12,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from codetr.data import Classes, CocoDataset
 from codetr.data.loader import Batch
 from codetr.detector import CoDETR
 from codetr.distributed import (
+    PartCounts,
     from_rank_zero,
     gather,
     gather_on_rank_zero,
@@ -40,7 +43,7 @@ from codetr.distributed import (
 )
 from codetr.inference import detect
 from codetr.queries.selection import QUERY
-from codetr.structures import Detections, LossOutput, Targets
+from codetr.structures import Detections, ImageBatch, LossOutput, Targets
 
 if TYPE_CHECKING:
     from codetr.metrics import Metrics
@@ -357,10 +360,8 @@ def train_epoch(
     state.parallel.train()
 
     for batch, targets in _on_device(loader, device):
-        with autocast(config, device):
-            output: LossOutput = state.parallel(batch, targets)
         state.optimizer.zero_grad()
-        output.total.backward()
+        output = compute_gradients(state, batch, targets)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
 
         # One communication beside DDP's and one copy to the host, once all work is queued.
@@ -379,6 +380,70 @@ def train_epoch(
     epoch_report = progress.summary(meter.read())
     state.epoch, state.cost = epoch, state.cost + epoch_report.cost
     return epoch_report
+
+
+def compute_gradients(
+    state: TrainingState, batch: ImageBatch, targets: list[Targets]
+) -> LossOutput:
+    """The losses of this rank's share of a batch; their gradients are added to the parameters'."""
+    parts = _parts(batch, targets, state.training.accumulate)
+    if len(parts) == 1:
+        return _backward(state, parts[0])
+    counts = PartCounts()
+    buffers = [buffer.clone() for buffer in state.model.buffers()]
+    with torch.no_grad():
+        for part in parts:
+            with counts.measure(), autocast(state.training, state.device):
+                state.model(*part)
+        # A batch norm that is trained has seen the images once too often.
+        for buffer, value in zip(state.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+    outputs = []
+    for part in parts:
+        with counts.use(), _unshared(state.parallel) if part is not parts[-1] else nullcontext():
+            outputs.append(_backward(state, part))
+    return LossOutput(
+        total=torch.stack([output.total for output in outputs]).sum(),
+        losses=_combined([output.losses for output in outputs], torch.sum),
+        statistics=_combined([output.statistics for output in outputs], torch.mean),
+    )
+
+
+def _unshared(model: nn.Module) -> AbstractContextManager[None]:
+    """Ranks share their gradients once for each batch: not within this context."""
+    if isinstance(model, DistributedDataParallel):
+        return cast("AbstractContextManager[None]", model.no_sync())
+    return nullcontext()
+
+
+Part = tuple[ImageBatch, list[Targets]]
+
+
+def _parts(batch: ImageBatch, targets: list[Targets], count: int) -> list[Part]:
+    """Nearly equal parts of a batch, as many on every rank; padded as the whole."""
+    count = min(count, len(batch))
+    bounds = [len(batch) * number // count for number in range(count + 1)]
+    return [
+        (ImageBatch(batch.pixels[a:b], batch.sizes[a:b]), targets[a:b]) for a, b in pairwise(bounds)
+    ]
+
+
+def _backward(state: TrainingState, part: Part) -> LossOutput:
+    with autocast(state.training, state.device):
+        output: LossOutput = state.parallel(*part)
+    output.total.backward()
+    # Without the graph, whose memory the next part needs.
+    return LossOutput(
+        output.total.detach(),
+        {name: loss.detach() for name, loss in output.losses.items()},
+        output.statistics,
+    )
+
+
+def _combined(
+    rows: Sequence[dict[str, Tensor]], combine: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    return {name: combine(torch.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def _on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:

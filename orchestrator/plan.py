@@ -42,7 +42,7 @@ IDENTITY_VERSION = 1
 """Part of every trial's identity; to be raised when the same configuration trains differently."""
 
 _WITHOUT_EFFECT = {
-    "training": {"loader_workers"},
+    "training": {"loader_workers", "accumulate"},
     "data": {"path", "engine"},
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""

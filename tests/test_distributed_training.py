@@ -17,7 +17,7 @@ from codetr.data.digits import make_digits
 from codetr.detector import CoDETR
 from codetr.distributed import from_rank_zero, rank, world_size
 from codetr.structures import ImageBatch
-from codetr.training import NonFiniteLoss, evaluate, train_epoch
+from codetr.training import NonFiniteLoss, compute_gradients, evaluate, train_epoch
 
 WORLD = 2
 K2 = ("atss", FASTER_RCNN)
@@ -53,14 +53,14 @@ def started(detector, **settings):
     return state
 
 
-def gradients():
+def gradients(accumulate=1):
     """Loss terms, and gradients by parameter, of one step of every case."""
     results = {}
     for number, (name, (detector, objects)) in enumerate(CASES.items()):
-        state = started(detector)
+        state = started(detector, accumulate=accumulate)
         state.parallel.train()
-        output = state.parallel(*share(tiny_batch([10 * number + i for i in range(4)], objects)))
-        output.total.backward()
+        batch = tiny_batch([10 * number + i for i in range(4)], objects)
+        output = compute_gradients(state, *share(batch))
         losses = output.losses | {"total": output.total}
         results[name] = (
             {term: float(value.detach()) for term, value in losses.items()},
@@ -123,6 +123,7 @@ def failure_on_rank_zero():
 def everything(folder):
     return {
         "gradients": gradients(),
+        "gradients in parts": gradients(accumulate=2),
         "epoch": epoch(),
         "trained norm": trained_norm(),
         "poisoned": poisoned(),
@@ -164,17 +165,38 @@ def alone():
     return gradients()
 
 
+@pytest.fixture(scope="module")
+def in_parts():
+    """The same, of parts: by number of parts. More than there are images are as many as these."""
+    return {count: gradients(accumulate=count) for count in (2, 3, 8)}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_equal_those_of_one_process(case, ranks, alone):
-    (losses_0, gradients_0), (losses_1, gradients_1) = (r["gradients"][case] for r in ranks)
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_parts_of_a_batch_equal_the_whole(case, count, in_parts, alone):
+    losses, found = in_parts[count][case]
+    expected_losses, expected = alone[case]
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    require_close(found, expected)
+
+
+@pytest.mark.parametrize("how", ["gradients", "gradients in parts"])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_equal_those_of_one_process(case, how, ranks, alone):
+    (losses_0, gradients_0), (losses_1, gradients_1) = (r[how][case] for r in ranks)
     losses, expected = alone[case]
     for term, value in losses.items():
         assert (losses_0[term] + losses_1[term]) / 2 == pytest.approx(value, rel=1e-5), term
-    assert expected.keys() == gradients_0.keys() == gradients_1.keys()
+    for name, gradient in gradients_0.items():
+        assert torch.equal(gradient, gradients_1[name]), name
+    require_close(gradients_0, expected)
+
+
+def require_close(found, expected):
+    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.equal(gradients_0[name], gradients_1[name]), name
         scale = max(float(gradient.abs().max()), 1e-3)
-        assert float((gradients_0[name] - gradient).abs().max()) < 1e-5 * scale, name
+        assert float((found[name] - gradient).abs().max()) < 1e-5 * scale, name
 
 
 def test_an_epoch_equals_that_of_one_process(ranks):
