@@ -11,7 +11,8 @@ from typing import Any
 
 from codetr.config import ConfigError
 from orchestrator.interrupt import descendants, end_processes
-from orchestrator.plan import Plan, local_cpus
+from orchestrator.machine import local_cpus
+from orchestrator.plan import Plan
 
 _ENVIRONMENT = {
     # Every port of a cluster that is started here listens on 127.0.0.1 alone.

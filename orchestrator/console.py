@@ -17,7 +17,8 @@ from rich.text import Text
 
 from codetr.config import DetectorConfig
 from orchestrator.board import Epoch, Progress
-from orchestrator.plan import Plan, Trial, local_cpus
+from orchestrator.machine import local_cpus
+from orchestrator.plan import Plan, Trial
 from orchestrator.report import summary_table
 from orchestrator.results import TrialResult
 from orchestrator.tracking import without_password

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from codetr.config import (
     nearest,
     parse,
 )
+from orchestrator import machine
 from orchestrator.experiment import (
     Experiment,
     Layer,
@@ -167,7 +167,7 @@ def make_plan(experiment: Experiment, options: Options) -> Plan:
         for trial in _trials(experiment, profile_name, arm, settings, options)
     )
     _require_different(trials)
-    resources = _resources(profile, options)
+    resources = _resources(profile, options, trials)
     output = options.output.expanduser().absolute()
     return Plan(
         name=_name(options.name or experiment.name),
@@ -185,7 +185,7 @@ def make_plan(experiment: Experiment, options: Options) -> Plan:
 
 def choose_profile(experiment: Experiment, options: Options) -> tuple[ProfileName, str]:
     """The profile, and one line that says why and how to choose another."""
-    gpus = local_gpus()
+    gpus = machine.local_gpus()
     found = "no GPU found" if not gpus else f"{gpus} GPU{'s' * (gpus > 1)} found"
     if options.profile is not None:
         name, reason = options.profile, "as asked"
@@ -221,12 +221,6 @@ def _trials(
         raise ConfigError(
             f"{facts.train_images} training images do not fill one batch: set "
             f"training.batch_size to at most that (now {training.batch_size})"
-        )
-    workers = options.workers or profile.resources.workers
-    if training.batch_size % workers:
-        raise ConfigError(
-            f"training.batch_size={training.batch_size} cannot be shared evenly by "
-            f"{workers} workers: change --workers or --set batch_size="
         )
     seeds = options.seeds or profile.seeds or experiment.seeds
     if min(seeds) < 0:
@@ -292,7 +286,7 @@ def _data_option(options: Options) -> dict[str, Any]:
     return {**chosen, "skip_bad": True} if options.skip_bad else chosen
 
 
-def _resources(profile: Profile, options: Options) -> Resources:
+def _resources(profile: Profile, options: Options, trials: tuple[Trial, ...]) -> Resources:
     given = {
         "workers": options.workers,
         "gpus_per_worker": options.gpus_per_worker,
@@ -300,22 +294,13 @@ def _resources(profile: Profile, options: Options) -> Resources:
     }
     changed = {key: value for key, value in given.items() if value is not None}
     resources = parse(Resources, {**profile.resources.model_dump(), **changed}, "resources")
+    batch_sizes = {trial.training.batch_size for trial in trials}
     if options.address is None:
-        _require_local(resources)
+        if options.workers is None:
+            resources = machine.fitted(resources, batch_sizes)
+        machine.require_room(resources)
+    machine.require_even_shares(resources, batch_sizes)
     return resources
-
-
-def _require_local(resources: Resources) -> None:
-    """Refuse what this machine can never run, before anything is started."""
-    for what, wanted, there in (
-        ("CPU", resources.workers * resources.cpus_per_worker, local_cpus()),
-        ("GPU", resources.workers * resources.gpus_per_worker, local_gpus()),
-    ):
-        if wanted > there:
-            raise ConfigError(
-                f"one trial needs {wanted:g} {what}s ({resources.workers} workers), this machine "
-                f"has {there}: use fewer --workers, --gpus-per-worker, or a cluster by --address"
-            )
 
 
 def _require_different(trials: tuple[Trial, ...]) -> None:
@@ -338,21 +323,3 @@ def _name(name: str) -> str:
 def slug(text: str) -> str:
     """``K = 1 (ATSS)`` -> ``k-1-atss``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-# ------------------------------------------------------------------------------------ this machine
-
-
-def local_cpus() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def local_gpus() -> int:
-    """NVIDIA GPUs of this machine that this process may use, found without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [d for d in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)]
-    if visible is None:
-        return len(devices)
-    return min(len(devices), len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))

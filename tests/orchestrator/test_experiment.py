@@ -36,8 +36,8 @@ def write(folder: Path, text: str) -> str:
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 def test_every_shipped_experiment_can_be_planned(name, profile, coco_folder, monkeypatch):
-    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 64)
-    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 8)
+    monkeypatch.setattr("orchestrator.machine.local_cpus", lambda: 64)
+    monkeypatch.setattr("orchestrator.machine.local_gpus", lambda: 8)
     experiment = load_experiment(name)
     if profile not in experiment.profiles:
         pytest.skip("has no such profile")

@@ -13,8 +13,8 @@ from orchestrator.plan import Options, Plan, Trial, make_plan, slug
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 2)
-    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 0)
+    monkeypatch.setattr("orchestrator.machine.local_cpus", lambda: 2)
+    monkeypatch.setattr("orchestrator.machine.local_gpus", lambda: 0)
 
 
 def plan(**options) -> Plan:
@@ -38,12 +38,38 @@ def test_the_default_is_the_laptop_profile_and_says_why():
 
 
 def test_a_gpu_and_data_choose_the_paper(coco_folder, monkeypatch):
-    monkeypatch.setattr("orchestrator.plan.local_gpus", lambda: 8)
-    monkeypatch.setattr("orchestrator.plan.local_cpus", lambda: 64)
+    monkeypatch.setattr("orchestrator.machine.local_gpus", lambda: 8)
+    monkeypatch.setattr("orchestrator.machine.local_cpus", lambda: 64)
     chosen = {"settings": ("batch_size=8",)}
     assert plan(data=str(coco_folder), **chosen).profile == "paper"
     assert plan(**chosen).profile == "laptop"
     assert plan(data=str(coco_folder), profile="laptop", **chosen).profile == "laptop"
+
+
+@pytest.mark.parametrize(
+    ("gpus_and_cpus", "batch", "expected"),
+    [
+        ((8, 64), 16, (8, 4)),
+        ((2, 64), 16, (2, 4)),
+        ((6, 12), 16, (4, 3)),
+        ((1, 2), 16, (1, 2)),
+        ((8, 64), 6, (6, 4)),
+    ],
+)
+def test_workers_are_fitted_to_the_machine(
+    gpus_and_cpus, batch, expected, coco_folder, monkeypatch
+):
+    for name, count in zip(("gpus", "cpus"), gpus_and_cpus, strict=True):
+        monkeypatch.setattr(f"orchestrator.machine.local_{name}", lambda count=count: count)
+    made = plan(profile="paper", data=str(coco_folder), settings=(f"batch_size={batch}",))
+    assert (made.resources.workers, made.resources.cpus_per_worker) == expected
+
+
+def test_the_paper_profile_does_not_fall_back_to_cpus_unasked(coco_folder):
+    options = {"profile": "paper", "data": str(coco_folder), "settings": ("batch_size=4",)}
+    with pytest.raises(ConfigError, match="--gpus-per-worker 0"):
+        plan(**options)
+    assert plan(**options, gpus_per_worker=0).resources.workers == 2
 
 
 def test_arms_times_seeds():
