@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from orchestrator.remote_cli import cluster_app, job_app, submit_run
+
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.runner import Outcome
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the embedded data set; check any.")
 app.add_typer(data_app, name="data")
+app.add_typer(cluster_app, name="cluster")
+app.add_typer(job_app, name="job")
 
 OutputOption = Annotated[
     Path, typer.Option("--output", help="Folder for everything that runs write.")
@@ -125,6 +129,9 @@ def run(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
+    ] = False,
 ) -> None:
     """Run an experiment: train every arm with every seed, and compare.
 
@@ -150,6 +157,11 @@ def run(
         tracking_uri=tracking_uri,
         address=address or None,
     )
+    if options.address is not None and options.address.startswith(("http://", "https://")):
+        submit_run(experiment, options, detach=detach, dry_run=dry_run)
+        return
+    if detach:
+        raise typer.BadParameter("needs --address http://HOST:PORT", param_hint="--detach")
     plan = make_plan(load_experiment(experiment), options)
     console = Console()
     console.print(plan.why, markup=False, highlight=False, soft_wrap=True)

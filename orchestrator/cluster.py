@@ -43,7 +43,7 @@ class Cluster:
         self.plan = plan
         self._session: Path | None = None
         self._started = False
-        more = _LOCAL_ENVIRONMENT if plan.address is None else _authentication()
+        more = _LOCAL_ENVIRONMENT if plan.address is None else authentication()
         for key, value in (_ENVIRONMENT | more).items():
             os.environ.setdefault(key, value)
         import ray
@@ -129,7 +129,7 @@ class Cluster:
         return self._session and self._session / "logs"
 
 
-def _authentication() -> dict[str, str]:
+def authentication() -> dict[str, str]:
     """Have Ray show its token where there is one: a cluster that wants none does not mind."""
     given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     return {"RAY_AUTH_MODE": "token"} if given or _TOKEN_FILE.exists() else {}
