@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from orchestrator import control_cli
 from orchestrator.remote_cli import cluster_app, job_app, submit_run
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan
+    from orchestrator.experiment import Experiment
+    from orchestrator.plan import Options, Plan
     from orchestrator.runner import Outcome
 
 app = typer.Typer(
@@ -129,6 +131,10 @@ def run(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
     ] = None,
+    rerun: Annotated[
+        Literal["failed", "all", "none"],
+        typer.Option(help="Of what was started before: go on with the failed, all anew, none."),
+    ] = "failed",
     detach: Annotated[
         bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
     ] = False,
@@ -137,11 +143,8 @@ def run(
 
     The same command again goes on where it stopped, and trains nothing twice.
     """
-    from rich.console import Console
-
-    from orchestrator.console import show_plan, view_for
     from orchestrator.experiment import load_experiment
-    from orchestrator.plan import Options, make_plan
+    from orchestrator.plan import Options
 
     options = Options(
         profile=profile,
@@ -156,18 +159,29 @@ def run(
         output=output,
         tracking_uri=tracking_uri,
         address=address or None,
+        rerun=rerun,
     )
     if options.address is not None and options.address.startswith(("http://", "https://")):
         submit_run(experiment, options, detach=detach, dry_run=dry_run)
         return
     if detach:
         raise typer.BadParameter("needs --address http://HOST:PORT", param_hint="--detach")
-    plan = make_plan(load_experiment(experiment), options)
+    _run(load_experiment(experiment), options, dry_run=dry_run)
+
+
+def _run(experiment: Experiment, options: Options, *, dry_run: bool = False) -> NoReturn:
+    """Print the plan, run it, print what came of it, and leave with its exit code."""
+    from rich.console import Console
+
+    from orchestrator.console import show_plan, view_for
+    from orchestrator.plan import make_plan
+
+    plan = make_plan(experiment, options)
     console = Console()
     console.print(plan.why, markup=False, highlight=False, soft_wrap=True)
     show_plan(console, plan)
     if dry_run:
-        return
+        raise typer.Exit
     from orchestrator.interrupt import Interrupted
     from orchestrator.runner import run_plan
 
@@ -178,6 +192,24 @@ def run(
         raise typer.Exit(signal.exit_code) from None
     _print_outcome(plan, outcome)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def resume(
+    name: Annotated[str, typer.Argument(help="Of the run: see 'codetr status'.")],
+    output: OutputOption = Path("runs"),
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database, if it has changed.")
+    ] = None,
+) -> None:
+    """Go on with the last run of that name, with the options it was started with."""
+    from orchestrator.control import invocation_to_resume
+
+    _run(*invocation_to_resume(output.expanduser().absolute(), name, tracking_uri))
+
+
+for _command in (control_cli.status, control_cli.logs, control_cli.stop, control_cli.compare):
+    app.command()(_command)
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:

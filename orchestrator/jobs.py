@@ -67,6 +67,7 @@ def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
         per_worker["GPU"] = resources.gpus_per_worker
     job = {
         "trial": trial.model_dump(mode="json"),
+        "folder": str(plan.store / trial.name),
         "board": board,
         "cpus": resources.cpus_per_worker,
     }

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
@@ -88,9 +88,18 @@ class Trial(Strict):
         return self.steps_per_epoch * self.training.epochs
 
 
+Rerun = Literal["failed", "all", "none"]
+"""Which trials that were started before are trained again."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """What the command line adds to an experiment; None leaves the decision to the experiment."""
+    """What the command line adds to an experiment; None leaves the decision to the experiment.
+
+    Attributes:
+        rerun: failed: go on with what failed or was interrupted; none: only report what was ever
+            started; all: train everything again, in fresh folders.
+    """
 
     profile: ProfileName | None = None
     data: str | None = None
@@ -104,6 +113,7 @@ class Options:
     output: Path = Path("runs")
     tracking_uri: str | None = None
     address: str | None = None
+    rerun: Rerun = "failed"
 
 
 @dataclass(frozen=True)

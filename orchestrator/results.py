@@ -11,6 +11,7 @@ from orchestrator.board import Epoch, History
 from orchestrator.plan import Trial
 
 State = Literal["finished", "failed", "interrupted", "not started"]
+RunningState = State | Literal["running"]
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 LVIS_METRICS = ("APr", "APc", "APf")

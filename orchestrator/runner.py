@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,16 +18,29 @@ from filelock import FileLock, Timeout
 from codetr.config import ConfigError
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
-from orchestrator.console import View
+from orchestrator.console import View, label
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, failure_text, result_on_disk, start_foreman
-from orchestrator.plan import Plan, Trial
+from orchestrator.lease import Lease, Leases
+from orchestrator.plan import Plan, Rerun, Trial
+from orchestrator.records import (
+    finished_elsewhere,
+    keep_invocation,
+    note,
+    noted,
+    run_lease,
+    set_aside,
+    take_over,
+)
 from orchestrator.report import write_tables, write_trial_files
 from orchestrator.results import State, TrialResult
 from orchestrator.tracking import Recorder, Status, Tracker
-from orchestrator.worker import train
+from orchestrator.worker import STOP, STOPPED, train
 
 _POLL_SECONDS = 0.25
+_LEASE_POLL_SECONDS = 2.0
+"""So often is a trial asked for that another invocation trains."""
+
 _STATUS: dict[State, Status] = {
     "finished": "FINISHED",
     "failed": "FAILED",
@@ -77,8 +92,8 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
     """
     with Interrupts() as interrupts:
         prepare_data(plan, view)
-        with only_one(plan.folder):
-            return _Run(plan, view, loop, interrupts).outcome()
+        with only_one(plan.folder), Leases(plan.output, plan.name) as leases:
+            return _Run(plan, view, loop, interrupts, leases).outcome()
 
 
 def prepare_data(plan: Plan, view: View) -> None:
@@ -117,9 +132,7 @@ def only_one(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
-            f"{folder}: another 'codetr run' is at work there: wait for it, or give --name"
-        ) from None
+        raise _occupied(folder) from None
     except OSError as error:
         raise ConfigError(f"--output: cannot write {folder}: {error.strerror}") from None
     try:
@@ -133,11 +146,52 @@ def only_one(folder: Path) -> Iterator[None]:
                     empty.rmdir()
 
 
+def _occupied(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder}: another 'codetr run' is at work there: wait for it, or give --name"
+    )
+
+
+def known_result(plan: Plan, trial: Trial) -> TrialResult:
+    """What became of a trial until now, with the reason if it failed."""
+    result = result_on_disk(plan, trial)
+    record = noted(plan.store / trial.name)
+    if result.state == "interrupted" and record.get("state") == "failed":
+        return replace(result, state="failed", reason=record.get("reason"))
+    return result
+
+
+class _Elsewhere:
+    """Trials that other invocations are training, to be asked for again now and then."""
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+        self._told: set[str] = set()
+        self._asked = 0.0
+
+    def add(self, trial: Trial, against: Lease, view: View) -> None:
+        self.trials.append(trial)
+        self._asked = time.monotonic()
+        if trial.id not in self._told:
+            view.say(f"{label(trial)}: '{against.name}' trains it ({against.owner}): waiting")
+        self._told.add(trial.id)
+
+    def due(self) -> list[Trial]:
+        """All of them, if it is time to ask again."""
+        if not self.trials or time.monotonic() - self._asked < _LEASE_POLL_SECONDS:
+            return []
+        trials, self.trials = self.trials, []
+        return trials
+
+
 class _Run:
     """One invocation, from the start of Ray and MLflow to the last table."""
 
-    def __init__(self, plan: Plan, view: View, loop: Loop, interrupts: Interrupts) -> None:
+    def __init__(
+        self, plan: Plan, view: View, loop: Loop, interrupts: Interrupts, leases: Leases
+    ) -> None:
         self.plan, self.view, self.loop, self.interrupts = plan, view, loop, interrupts
+        self.leases, self.since = leases, time.time()
         self.cluster = Cluster(plan)
         self.recorder: Recorder | None = None
         self.results: dict[str, TrialResult] = {}
@@ -147,7 +201,7 @@ class _Run:
     def outcome(self) -> Outcome:
         interrupted = None
         try:
-            done = self._finished_before()
+            done = self._done_before()
             waiting = [trial for trial in self.plan.trials if trial.id not in done]
             try:
                 self._start(with_ray=bool(waiting))
@@ -166,10 +220,15 @@ class _Run:
 
     # -------------------------------------------------------------------------------- beginning
 
-    def _finished_before(self) -> dict[str, TrialResult]:
-        """Results of the trials that an earlier invocation has finished."""
-        results = (result_on_disk(self.plan, trial) for trial in self.plan.trials)
-        return {r.trial.id: r for r in results if r.state == "finished"}
+    def _done_before(self) -> dict[str, TrialResult]:
+        """Results of the trials that are only reported: finished, or as ``--rerun`` has it."""
+        done: dict[Rerun, tuple[State, ...]] = {
+            "failed": ("finished",),
+            "all": (),
+            "none": ("finished", "failed", "interrupted"),
+        }
+        results = (known_result(self.plan, trial) for trial in self.plan.trials)
+        return {r.trial.id: r for r in results if r.state in done[self.plan.options.rerun]}
 
     def _start(self, *, with_ray: bool) -> None:
         """Start Ray, then open MLflow: nothing is written before it is sure that the plan runs."""
@@ -184,7 +243,20 @@ class _Run:
                     self.slots = self.cluster.slots()
             finally:
                 self.interrupts.install()  # Ray puts its own handlers in the place of ours
+            self._sign_in()
             self.recorder = Recorder(Tracker(self.plan), self.view.say)
+
+    def _sign_in(self) -> None:
+        """Let others see what is at work here."""
+        if self.leases.acquire(run_lease(self.plan.name)) is not None:
+            raise _occupied(self.plan.folder)
+        # What was asked of an earlier invocation:
+        for file in (self.plan.folder / STOP, *map(self._stop_file, self.plan.trials)):
+            file.unlink(missing_ok=True)
+        keep_invocation(self.plan)
+
+    def _stop_file(self, trial: Trial) -> Path:
+        return self.plan.store / trial.name / STOP
 
     def _take_over(self, done: dict[str, TrialResult]) -> None:
         for result in done.values():
@@ -202,7 +274,6 @@ class _Run:
         """Train these trials until the last one has ended."""
         if not trials:
             return
-        import ray
 
         slots = min(self.slots, len(trials))
         with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
@@ -212,16 +283,48 @@ class _Run:
         # The longest first, or it would end up alone: heads cost time.
         waiting = deque(sorted(trials, key=lambda trial: -trial.detector.k))
         running: dict[Any, Trial] = {}
-        while waiting or running:
+        elsewhere = _Elsewhere()
+        while waiting or running or elsewhere.trials:
             with self.interrupts.shield():
+                waiting += elsewhere.due()
                 while waiting and len(running) < slots:
                     trial = waiting.popleft()
-                    self._begin(trial)
-                    running[foreman.train.remote(trial)] = trial
-                ended, _ = ray.wait([*running], timeout=_POLL_SECONDS)
+                    against = self.leases.acquire(trial.id)
+                    if against is not None:
+                        elsewhere.add(trial, against, self.view)
+                    elif not self._is_done_meanwhile(trial):
+                        self._begin(trial)
+                        running[foreman.train.remote(trial)] = trial
+                if (self.plan.folder / STOP).exists():  # asked on another machine
+                    signal.raise_signal(signal.SIGTERM)
+                ended = self._wait(running)
                 self._look(foreman)
                 for reference in ended:
                     self._ended(running.pop(reference), reference)
+
+    @staticmethod
+    def _wait(running: dict[Any, Trial]) -> list[Any]:
+        """Those that have ended within a moment."""
+        import ray
+
+        if not running:
+            time.sleep(_POLL_SECONDS)
+            return []
+        ended: list[Any] = ray.wait([*running], timeout=_POLL_SECONDS)[0]
+        return ended
+
+    def _is_done_meanwhile(self, trial: Trial) -> bool:
+        """Whether it need not be begun: another invocation has finished it beside this one, or
+        someone has asked to leave it out."""
+        source = finished_elsewhere(self.plan, trial, self.since)
+        if source is None and not self._stop_file(trial).exists():
+            return False
+        if source is not None:
+            self.view.say(f"{label(trial)}: copied from {source}")
+            take_over(self.plan, trial, source)
+        self._record("adopt", trial)
+        self._end(known_result(self.plan, trial))
+        return True
 
     def _look(self, foreman: Any) -> None:
         """Fetch and show what the trials have said."""
@@ -243,7 +346,8 @@ class _Run:
         except ray.exceptions.RayError as error:  # Ray itself: one trial's, not the others'
             reason = failure_text(error)
         result = result_on_disk(self.plan, trial)
-        if reason is not None or result.state != "finished":
+        stopped = reason == STOPPED
+        if not stopped and (reason is not None or result.state != "finished"):
             reason = reason or f"ended after {len(result.history)} epochs"
             result = replace(result, state="failed", reason=reason)
         self._end(result)
@@ -251,6 +355,10 @@ class _Run:
     def _begin(self, trial: Trial) -> None:
         self.begun.add(trial.id)
         self.view.progress(trial, Progress("starting"))
+        if self.plan.options.rerun == "all":
+            set_aside(self.plan, trial)
+            self._record("discard", trial)
+        note(self.plan, trial, "running")
         self._record("begin", trial)
 
     def _end(self, result: TrialResult) -> None:
@@ -259,6 +367,9 @@ class _Run:
         self._record("record", result.trial, result.history)
         self._record("attach", result.trial, write_trial_files(self.plan, result))
         self._record("end", result.trial, _STATUS[result.state], result.reason)
+        if result.trial.id in self.begun:
+            note(self.plan, result.trial, result.state, result.reason)
+        self.leases.release(result.trial.id)
 
     # ----------------------------------------------------------------------------------- ending
 
@@ -288,8 +399,8 @@ class _Run:
 
     def _abandon(self, trial: Trial) -> None:
         """A signal came before the trial's end."""
-        result = result_on_disk(self.plan, trial)
+        result = known_result(self.plan, trial)
         if trial.id in self.begun:
-            self._end(result)
+            self._end(replace(result, reason=None))
         else:
             self.results[trial.id] = result

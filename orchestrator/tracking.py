@@ -116,6 +116,13 @@ class Tracker:
         self.adopt(trial)
         self.client.update_run(self._runs[trial.id], status="RUNNING")
 
+    def discard(self, trial: Trial) -> None:
+        """Put the trial's run into MLflow's bin: metrics cannot be taken out of a run, and the
+        trial is trained anew."""
+        for run in self.client.search_runs([self.experiment_id], f"tags.trial_id = '{trial.id}'"):
+            self.client.delete_run(run.info.run_id)
+        self._runs.pop(trial.id, None)
+
     def adopt(self, trial: Trial) -> None:
         """Put the trial's run beneath this invocation, in whatever state it is."""
         found = self.client.search_runs(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.board import Epoch, History, Progress
 from orchestrator.plan import Trial
+from orchestrator.trial_log import log, trial_log
 
 if TYPE_CHECKING:
     from codetr.cost import Cost, ParameterCount
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 HISTORY, PREDICTIONS, PER_CLASS = "history.json", "predictions.json", "per_class.json"
 """Beside the detector's own file in each checkpoint."""
+
+STOP, STOPPED = "stop", "stopped as asked"
+"""File in a trial's folder that asks it to stop after its epoch; what it returns then."""
 
 _QUIET_SECONDS = 0.5
 """At least so long between two messages about progress."""
@@ -49,7 +53,8 @@ def train(job: dict[str, Any]) -> str | None:
     """Ray Train's training loop: train ``job["trial"]`` to its end, from its last checkpoint.
 
     Args:
-        job: ``trial`` as plain values, ``board`` as actor handle, ``cpus`` of each worker.
+        job: ``trial`` as plain values, ``folder`` of its files, ``board`` as actor handle, ``cpus``
+            of each worker.
 
     Returns:
         Why the trial ended without success, where trying again would end the same; else None.
@@ -63,13 +68,18 @@ def train(job: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     tell = Messenger(job["board"] if rank == 0 else None, trial.id)
-    training = _Training(trial, rank, context.get_world_size(), tell)
-    try:
-        while training.state.epoch < trial.training.epochs:
-            training.report(training.epoch())
-    except NonFiniteLoss as error:
-        # Raised on all ranks alike. Not raised further: Ray would try again, to the same end.
-        return str(error)
+    folder, world_size = Path(job["folder"]), context.get_world_size()
+    with trial_log(folder, rank, world_size):
+        training = _Training(trial, rank, world_size, tell)
+        try:
+            while training.state.epoch < trial.training.epochs:
+                training.report(training.epoch())
+                if training.is_asked_to_stop(folder):
+                    return STOPPED
+        except NonFiniteLoss as error:
+            # Raised on all ranks alike. Not raised further: Ray would try again, to the same end.
+            log.error("%s", error)
+            return str(error)
     return None
 
 
@@ -141,6 +151,7 @@ class _Training:
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
         values |= _cost_values(state.cost, self.parameters)
         self.history.append(Epoch(epoch, state.step, values))
+        log.info("%s", _log_line(self.history[-1], config.epochs))
         return evaluation
 
     def _show_step(self, step: StepReport) -> None:
@@ -179,6 +190,16 @@ class _Training:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
+    def is_asked_to_stop(self, folder: Path) -> bool:
+        """Whether ``codetr stop`` has; all ranks must ask, and get the same answer."""
+        from ray.train.torch import get_device
+
+        from codetr.distributed import world_max
+
+        if self.state.epoch == self.trial.training.epochs:
+            return False
+        return bool(world_max(int((folder / STOP).exists()), get_device()))
+
     def _save(self, folder: Path, evaluation: Evaluation | None) -> None:
         from codetr.checkpoint import FILE_NAME, save_checkpoint
         from codetr.metrics import to_coco_results
@@ -189,6 +210,16 @@ class _Training:
             results = to_coco_results(evaluation.detections, self.val_set.classes)
             (folder / PREDICTIONS).write_text(json.dumps(results))
             (folder / PER_CLASS).write_text(json.dumps(evaluation.metrics.per_class))
+
+
+def _log_line(epoch: Epoch, epochs: int) -> str:
+    shown = {
+        key.rpartition("/")[2]: value
+        for key, value in epoch.values.items()
+        if key.startswith(("train/total", "train/gradient_norm", "val/AP", "cost/images_per"))
+    }
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    return f"epoch {epoch.epoch}/{epochs}, step {epoch.step}: {numbers}"
 
 
 def _training_values(report: EpochReport) -> dict[str, float]:
