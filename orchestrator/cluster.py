@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from codetr.config import ConfigError
+from orchestrator.experiment import Resources
 from orchestrator.interrupt import descendants, end_processes
 from orchestrator.machine import local_cpus
 from orchestrator.plan import Plan
@@ -31,6 +33,9 @@ _LOCAL_ENVIRONMENT = {
 _TOKEN_FILE = Path("~/.ray/auth_token").expanduser()
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Only arguments and reports pass through it; the default is a third of the memory."""
+
+_MANY = 64
+"""Nodes of a kind for which an autoscaler has no limit."""
 
 
 class Cluster:
@@ -91,25 +96,22 @@ class Cluster:
             raise ConfigError(f"--address {address}: no Ray cluster there: {reason}") from None
 
     def slots(self) -> int:
-        """How many of the plan's trials run at a time.
+        """How many of the plan's trials run at a time, on the nodes that are there or may come.
 
         Raises:
             ConfigError: not even one fits; says what is there.
         """
-        import ray
-
-        there = ray.cluster_resources()
-        cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
-        fit = int(cpus // self.plan.cpus_per_trial)
-        if self.plan.gpus_per_trial:
-            fit = min(fit, int(gpus // self.plan.gpus_per_trial))
+        resources = self.plan.resources
+        nodes = _nodes()
+        workers = sum(_fit(node, resources) for node in nodes)
+        fit = workers // resources.workers
         if fit < 1:
             raise ConfigError(
-                f"one trial needs {self.plan.cpus_per_trial} CPUs and "
-                f"{self.plan.gpus_per_trial:g} GPUs, Ray has {cpus:g} and {gpus:g}: use fewer "
-                "--workers or --gpus-per-worker"
+                f"one trial needs {resources.workers} worker(s) of {resources.cpus_per_worker} "
+                f"CPUs and {resources.gpus_per_worker:g} GPUs, Ray has room for {workers} "
+                f"({_described(nodes)}): use fewer --workers or --gpus-per-worker"
             )
-        return min(fit, self.plan.resources.concurrency or fit)
+        return min(fit, resources.concurrency or fit)
 
     def stop(self, *, keep_logs: bool) -> None:
         """Leave the cluster, or end the one started here: all its processes, and its files unless
@@ -127,6 +129,42 @@ class Cluster:
     @property
     def logs(self) -> Path | None:
         return self._session and self._session / "logs"
+
+
+def _nodes() -> list[dict[str, float]]:
+    """CPU and GPU of every node that the cluster has, or could have where that is more: a cluster
+    that grows by itself may have no worker before one is asked for."""
+    import ray
+    from ray._private.state import state
+
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()  # None without an autoscaler
+    groups = config.node_group_configs if config is not None else ()
+    could = [
+        dict(group.resources)
+        for group in groups
+        for _ in range(group.max_count if group.max_count >= 0 else _MANY)
+    ]
+    nodes = max(there, could, key=_cpus)
+    wanted = [{key: node.get(key, 0.0) for key in ("CPU", "GPU")} for node in nodes]
+    return [node for node in wanted if any(node.values())]
+
+
+def _cpus(nodes: list[dict[str, float]]) -> float:
+    return sum(node.get("CPU", 0.0) for node in nodes)
+
+
+def _fit(node: dict[str, float], resources: Resources) -> int:
+    """How many of a trial's workers have room on a node."""
+    fit = node["CPU"] / resources.cpus_per_worker
+    if resources.gpus_per_worker:
+        fit = min(fit, node["GPU"] / resources.gpus_per_worker)
+    return int(fit + 1e-6)  # ten workers of 0.1 GPU share one
+
+
+def _described(nodes: list[dict[str, float]]) -> str:
+    kinds = Counter(f"{node['CPU']:g} CPUs, {node['GPU']:g} GPUs" for node in nodes)
+    return "; ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
 
 
 def authentication() -> dict[str, str]:
