@@ -12,6 +12,7 @@ import typer
 
 from orchestrator import control_cli
 from orchestrator.remote_cli import cluster_app, job_app, submit_run
+from orchestrator.sweep_cli import sweep
 
 if TYPE_CHECKING:
     from orchestrator.experiment import Experiment
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the embedded data set; check any.")
 app.add_typer(data_app, name="data")
+app.command()(sweep)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(job_app, name="job")
 

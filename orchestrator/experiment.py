@@ -129,7 +129,7 @@ def load_experiment(name: str) -> Experiment:
         ConfigError: no such experiment (the text names the nearest), or a file that is not valid.
     """
     path = _find(name, "")
-    return parse(Experiment, {"name": path.stem, **_read(path), "file": path}, str(path))
+    return parse(Experiment, {"name": path.stem, **read_extended(path), "file": path}, str(path))
 
 
 def _find(name: str, source: str) -> Path:
@@ -142,7 +142,7 @@ def _find(name: str, source: str) -> Path:
     return files[name]
 
 
-def _read(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
+def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     """The file's content, laid over that of the experiment that it ``extends``."""
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -152,7 +152,7 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
         return content
     if path in heirs:
         raise ConfigError(f"{path}: extends itself")
-    inherited = _read(_find(str(parent), f"{path}: extends: "), (*heirs, path))
+    inherited = read_extended(_find(str(parent), f"{path}: extends: "), (*heirs, path))
     # The sizes are inherited; what is asked and compared is not.
     own = ("name", "question", "paper", "arms")
     return merge({key: value for key, value in inherited.items() if key not in own}, content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
-def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
+def fit(
+    plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any] = ()
+) -> str | None:
     """Train a trial on the running cluster, from its last checkpoint; blocks until it ends.
 
     Returns:
@@ -89,7 +91,7 @@ def fit(plan: Plan, trial: Trial, board: Any, loop: Loop) -> str | None:
             failure_config=ray.train.FailureConfig(
                 max_failures=WORKER_FAILURES, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            callbacks=[ReportToBoard(board, trial.id)],
+            callbacks=[ReportToBoard(board, trial.id), *callbacks],
         ),
     )
     try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart; without yellow, unseen on white."""
 
-_STYLE = {
+STYLE = {
     "figure.dpi": 150,
     "font.size": 10,
     "axes.spines.top": False,
@@ -52,7 +52,7 @@ def draw_all(plan: Plan, results: list[TrialResult]) -> list[Path]:
 
 def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
     """AP against epoch: every seed a thin line, each arm's mean a thick one."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
         colours = _colours(results)
         for arm, trials in _by_arm(results).items():
@@ -69,14 +69,14 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper left")
         axes.set_title("AP on the validation images", loc="left")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def draw_ap_by_arm(results: list[TrialResult], path: Path) -> Path:
     """Final AP of each arm, every seed a dot, beside the paper's table."""
     summaries = summarise(results)
     columns = 1 + any(summary.paper_ap is not None for summary in summaries)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, columns, figsize=(4.2 * columns, 3.8), layout="constrained", squeeze=False
         )
@@ -86,7 +86,7 @@ def draw_ap_by_arm(results: list[TrialResult], path: Path) -> Path:
             paper = [_paper_column(s) for s in summaries]
             _draw_columns(panels[0][1], "the paper, COCO val2017", paper)
         panels[0][0].set_ylabel("AP (%) after the last epoch")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _two_lines(arm: str) -> str:
 def draw_curves(result: TrialResult, path: Path) -> Path:
     """One trial: loss and AP against epoch."""
     history = result.history
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
         left.plot(*_points(history, "train/total", 1), color=COLOURS[1], marker="o")
         left.set(xlabel="epoch", ylabel="total loss (equation 6)")
@@ -150,7 +150,7 @@ def draw_curves(result: TrialResult, path: Path) -> Path:
         for axes in (left, right):
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(f"{result.trial.arm}, seed {result.trial.seed}")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _points(history: list[Epoch], name: str, scale: float) -> tuple[list[int], list[float]]:
@@ -179,7 +179,7 @@ def draw_detections(results: list[TrialResult], path: Path, images: int = 4) -> 
     dataset.transform = None
     chosen = _interesting(dataset, images)
     found = [_read_predictions(t.best / PREDICTIONS, dataset) for t in shown if t.best]
-    with plt.rc_context({**_STYLE, "axes.grid": False, "font.size": 9}):
+    with plt.rc_context({**STYLE, "axes.grid": False, "font.size": 9}):
         figure, panels = plt.subplots(
             len(chosen),
             1 + len(shown),
@@ -193,7 +193,7 @@ def draw_detections(results: list[TrialResult], path: Path, images: int = 4) -> 
             panels[0], ["ground truth", *(t.trial.arm for t in shown)], strict=True
         ):
             axes.set_title(title)
-        return [_save(figure, path)]
+        return [save(figure, path)]
 
 
 def _draw_row(
@@ -254,7 +254,7 @@ def _colours(results: list[TrialResult]) -> dict[str, str]:
     return dict(zip(arms, cycle(COLOURS), strict=False))
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

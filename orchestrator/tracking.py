@@ -188,6 +188,12 @@ class Tracker:
                     metrics=[Metric(key, value, now, epoch.epoch) for key, value in values.items()],
                 )
 
+    def describe(self, trial: Trial | None, tags: dict[str, str]) -> None:
+        """Tag the trial's run, or the invocation's."""
+        run_id = self.parent if trial is None else self._runs[trial.id]
+        for key, value in tags.items():
+            self.client.set_tag(run_id, key, value[:PARAM_LENGTH])
+
     def attach(self, trial: Trial, files: list[Path]) -> None:
         """Add files to the trial's artifacts."""
         for file in files:

@@ -1,0 +1,347 @@
+"""Ray Tune over the same trials as ``codetr run``: each of its trials drives one Ray Train job.
+
+Tune itself runs in an actor, the :class:`Searcher`, for the reason that the jobs of a run do: the
+process that the user has started must be able to leave Ray at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.jobs import Foreman, Loop, failure_text, fit, result_on_disk
+from orchestrator.plan import Trial
+from orchestrator.results import TrialResult
+from orchestrator.space import Suggestion
+from orchestrator.sweep import Sweep
+
+LEDGER = "suggestions.json"
+"""In the sweep's folder: every suggestion that Tune has made, and what came of it."""
+
+_TUNE_FOLDER = "tune"
+_EPOCH = "epoch"
+_POLL_SECONDS = 0.5
+
+_TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
+"""What a Tune trial takes itself: nothing but its place on the head. If it took a CPU, as by
+default, as many trials as CPUs would leave none for their workers and wait for ever."""
+
+_ENVIRONMENT = {
+    # An epoch without an evaluation has no metric.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # After a kill at most so much of what was suggested is forgotten.
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+}
+
+Progress = Literal["open", "finished", "stopped", "failed"]
+
+
+@dataclass
+class Entry:
+    """One suggestion.
+
+    Attributes:
+        number: from 1, in the order of the suggestions.
+        tune_id: Tune's name for it.
+        trial: id of the trial that it stands for; several suggestions may stand for one.
+        reason: why it failed, or what stopped it.
+    """
+
+    number: int
+    tune_id: str
+    suggestion: Suggestion
+    trial: str
+    state: Progress = "open"
+    reason: str = ""
+
+
+def read_ledger(folder: Path) -> list[Entry]:
+    """Every suggestion so far; none if the sweep has not begun."""
+    file = folder / LEDGER
+    return [Entry(**row) for row in json.loads(file.read_text())] if file.exists() else []
+
+
+class Ledger:
+    """The suggestions by Tune's ids, on disk after every change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries = {entry.tune_id: entry for entry in read_ledger(folder)}
+        self._lock = threading.Lock()
+
+    def claim(self, tune_id: str, suggestion: Suggestion, trial: str) -> bool:
+        """Note a suggestion; True if it is the one to train its trial, the first that stands for
+        it."""
+        with self._lock:
+            if tune_id not in self.entries:
+                number = len(self.entries) + 1
+                self.entries[tune_id] = Entry(number, tune_id, suggestion, trial)
+            entry = self.entries[tune_id]
+            entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
+            self._write()
+        return self.first(trial).tune_id == tune_id
+
+    def first(self, trial: str) -> Entry:
+        return next(entry for entry in self.entries.values() if entry.trial == trial)
+
+    def end(self, tune_id: str, state: Progress, reason: str = "") -> None:
+        with self._lock:
+            self.entries[tune_id].state = state
+            self.entries[tune_id].reason = reason
+            self._write()
+
+    def _write(self) -> None:
+        draft = self.folder / f".{LEDGER}"
+        draft.write_text(json.dumps([asdict(entry) for entry in self.entries.values()], indent=1))
+        draft.replace(self.folder / LEDGER)
+
+
+class Searcher(Foreman):
+    """As a Ray actor it runs Tune, and is the foreman of the jobs that Tune's trials drive."""
+
+    def __init__(self, sweep: Sweep, loop: Loop, slots: int) -> None:
+        super().__init__(replace(sweep.plan, trials=()), loop)
+        os.environ.update(_ENVIRONMENT)
+        self.sweep, self.slots = sweep, slots
+        self.ledger = Ledger(sweep.folder)
+        self.news: list[Entry] = []
+
+    def search(self) -> None:
+        """Run Tune to its end, from where it was."""
+        import ray
+
+        name = ray.get_runtime_context().get_actor_name()
+        tuner = _tuner(self.sweep, _trainable(self.sweep, self.loop, name), name, self.slots)
+        tuner.fit()
+
+    def claim(self, tune_id: str, suggestion: Suggestion, trial: Trial) -> bool:
+        """Whether this suggestion shall train its trial; if not, another one does or did."""
+        mine = self.ledger.claim(tune_id, suggestion, trial.id)
+        if mine:
+            self.plan = replace(self.plan, trials=(*self.plan.trials, trial))
+            self.news.append(replace(self.ledger.entries[tune_id]))
+        return mine
+
+    def twin_has_ended(self, trial: str) -> bool:
+        return self.ledger.first(trial).state != "open"
+
+    def failed(self, tune_id: str, reason: str) -> None:
+        """The trial's own word on why, better than what Tune makes of it."""
+        self.ledger.end(tune_id, "failed", reason)
+
+    def ended(self, tune_id: str, epochs: int, *, error: bool) -> None:
+        """Tune has ended a trial, or the trial itself has."""
+        entry = self.ledger.entries.get(tune_id)
+        if entry is None or entry.state == "failed":
+            pass
+        elif error:
+            self.ledger.end(tune_id, "failed", "Ray Tune lost the trial's process")
+        elif epochs < self._epochs(entry):
+            scheduler = self.sweep.search.scheduler
+            self.ledger.end(tune_id, "stopped", f"{scheduler}, after epoch {epochs}")
+        else:
+            self.ledger.end(tune_id, "finished")
+        if entry is not None and self.ledger.first(entry.trial) is entry:
+            self.news.append(replace(entry))
+
+    def _epochs(self, entry: Entry) -> int:
+        return self.sweep.trial(entry.suggestion).training.epochs
+
+    def fetch_entries(self) -> list[Entry]:
+        """Suggestions whose training has begun or ended since the last call."""
+        news, self.news = self.news, []
+        return news
+
+
+def start_searcher(sweep: Sweep, loop: Loop, slots: int) -> Any:
+    """The sweep's searcher as an actor beside this process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Searcher)
+    return actor.options(
+        name=f"sweep {sweep.folder}", scheduling_strategy=here, max_concurrency=2 * slots + 4
+    ).remote(sweep, loop, slots)
+
+
+# ----------------------------------------------------------------------------------------- for Tune
+
+
+def _tuner(sweep: Sweep, trainable: Callable[..., None], name: str, slots: int) -> Any:
+    """Tune's own object, new or from what an ended process has left."""
+    from ray import tune
+
+    place = sweep.folder / _TUNE_FOLDER
+    limited = tune.with_resources(trainable, tune.PlacementGroupFactory([_TRIAL_RESOURCES]))
+    if tune.Tuner.can_restore(str(place)):
+        return tune.Tuner.restore(str(place), limited, resume_unfinished=True, resume_errored=True)
+    search = sweep.search
+    grid = search.searcher == "grid"
+    return tune.Tuner(
+        limited,
+        param_space={"suggestion": tune.grid_search(search.space.grid())} if grid else None,
+        tune_config=tune.TuneConfig(
+            metric=search.metric,
+            mode="max",
+            search_alg=None if grid else _optuna(sweep),
+            scheduler=_scheduler(sweep),
+            num_samples=1 if grid else search.samples,
+            max_concurrent_trials=slots,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE_FOLDER,
+            storage_path=str(sweep.folder),
+            verbose=0,
+            callbacks=[_watch(name)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _optuna(sweep: Sweep) -> Any:
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    samplers = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    search = sweep.search
+    return OptunaSearch(
+        space=search.space,
+        metric=search.metric,
+        mode="max",
+        sampler=samplers[search.searcher](seed=search.seed),
+    )
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    if sweep.search.scheduler == "none":
+        return FIFOScheduler()
+    epochs = sweep.plan.trials[0].training.epochs
+    # An epoch more than there are: what reaches the last one has finished, and was not stopped.
+    return ASHAScheduler(
+        time_attr=_EPOCH, max_t=epochs + 1, grace_period=grace_epochs(epochs), reduction_factor=2
+    )
+
+
+def grace_epochs(epochs: int) -> int:
+    """Before so many nothing is stopped: what learns slowly at first is not what ends low."""
+    return max(1, epochs // 4)
+
+
+def _watch(name: str) -> Any:
+    """Tells the searcher what Tune ends; by its name, for this is pickled into Tune's folder."""
+    from ray import tune
+
+    class Watch(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:  # noqa: ARG002
+            self._tell(trial, error=False)
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:  # noqa: ARG002
+            self._tell(trial, error=True)
+
+        def _tell(self, trial: Any, *, error: bool) -> None:
+            import ray
+
+            epochs = int((trial.last_result or {}).get(_EPOCH, 0))
+            ray.get_actor(name).ended.remote(trial.trial_id, epochs, error=error)
+
+    return Watch()
+
+
+def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]], None]:
+    """What Tune calls for each suggestion."""
+
+    def codetr_trial(config: dict[str, Any]) -> None:
+        import ray
+        from ray import tune
+
+        searcher = ray.get_actor(name)
+        tune_id = tune.get_context().get_trial_id()
+        suggestion = config.get("suggestion", config)
+        trial = sweep.trial(suggestion)
+        if ray.get(searcher.claim.remote(tune_id, suggestion, trial)):
+            reason = _train(sweep, trial, searcher, loop)
+            if reason is not None:
+                ray.get(searcher.failed.remote(tune_id, reason))
+                raise RuntimeError(reason)
+        else:
+            while not ray.get(searcher.twin_has_ended.remote(trial.id)):
+                time.sleep(_POLL_SECONDS)
+        _report_last(sweep, trial)
+
+    return codetr_trial
+
+
+def _train(sweep: Sweep, trial: Trial, searcher: Any, loop: Loop) -> str | None:
+    """Train the trial unless it is trained; returns why it failed."""
+    if result_on_disk(sweep.plan, trial).state == "finished":
+        return None
+    try:
+        reason = fit(
+            sweep.plan,
+            trial,
+            searcher,
+            loop,
+            callbacks=[_report_to_tune(sweep.search.metric, trial.training.epochs)],
+        )
+    except Exception as error:  # Ray's own: one trial's failure, not the sweep's
+        return failure_text(error)
+    result = result_on_disk(sweep.plan, trial)
+    if reason is None and result.state != "finished":
+        return f"ended after {len(result.history)} epochs"
+    return reason
+
+
+def _report_to_tune(metric: str, epochs: int) -> Any:
+    """Passes an evaluated epoch on to Tune; the last one is reported when the job has ended, or a
+    scheduler might end it before it is written down."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    class ReportToTune(TuneReportCallback):  # type: ignore[misc]
+        def after_report(
+            self,
+            run_context: Any,
+            metrics: list[dict[str, Any]],
+            checkpoint: Any,  # noqa: ARG002 - its path is no concern of Tune's
+        ) -> None:
+            last = metrics[0]["history"][-1]
+            value = last["values"].get(f"val/{metric}")
+            if value is not None and last["epoch"] < epochs:
+                report = {_EPOCH: last["epoch"], metric: value}
+                super().after_report(run_context, [report], None)
+
+    return ReportToTune()
+
+
+def _report_last(sweep: Sweep, trial: Trial) -> None:
+    """Tell Tune where the trial has ended, also if another suggestion has trained it."""
+    from ray import tune
+
+    metric = sweep.search.metric
+    evaluated = result_on_disk(sweep.plan, trial).evaluated
+    if not evaluated or f"val/{metric}" not in evaluated[-1].values:
+        raise RuntimeError(f"{metric} was not measured")
+    last = evaluated[-1]
+    tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
+
+
+def sweep_result(sweep: Sweep, entry: Entry) -> TrialResult:
+    """What a suggestion's trial has left, in the state that the ledger knows."""
+    result = result_on_disk(sweep.plan, sweep.trial(entry.suggestion))
+    if entry.state == "failed":
+        return replace(result, state="failed", reason=entry.reason)
+    if entry.state == "stopped" and result.state != "finished":
+        return replace(result, reason=entry.reason)
+    return result

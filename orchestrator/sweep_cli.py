@@ -1,0 +1,180 @@
+"""``codetr sweep``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.runner import Outcome
+    from orchestrator.sweep import Sweep
+
+
+def sweep(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Sweep (experiments/sweeps/*.yaml), experiment, or YAML file."),
+    ] = None,
+    *,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUES", help="A dimension: lambda_1=0.5,1,2 or lambda_1=0.25..4:log."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Suggestions; a grid takes every combination.")
+    ] = None,
+    searcher: Annotated[
+        Literal["optuna", "grid", "random"] | None, typer.Option(help="Default: optuna.")
+    ] = None,
+    scheduler: Annotated[
+        Literal["asha", "none", "pbt"] | None,
+        typer.Option(help="asha stops early what looks bad. Default: asha."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="To maximise. Default: AP.")] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of every trial and of what is drawn.")
+    ] = None,
+    profile: Annotated[
+        Literal["laptop", "paper"] | None,
+        typer.Option(help="Its size. Default: laptop, or paper with a GPU and --data."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder in COCO layout, or digits, or digits-lvis.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Training workers that share each trial's batch.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each worker; 0 trains on CPUs.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of all trials, as epochs=4."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that are broken.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be searched, and start nothing.")
+    ] = False,
+    name_option: Annotated[
+        str | None, typer.Option("--name", help="Name of folder and MLflow experiment.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for everything that runs write.")] = Path(
+        "runs"
+    ),
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database. Default: OUTPUT/mlflow.db.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
+    ] = None,
+) -> None:
+    """Search settings with Ray Tune, and rank what was tried.
+
+    The same command again goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from codetr.config import ConfigError
+    from orchestrator.plan import Options
+    from orchestrator.sweep import SweepOptions, make_sweep
+
+    if scheduler == "pbt":
+        raise ConfigError(
+            "--scheduler pbt: not offered: it changes settings in the middle of a training, so "
+            "what it finds is no configuration that 'codetr run' could repeat; take asha"
+        )
+    if address is not None and address.startswith(("http://", "https://")):
+        raise ConfigError("--address: a sweep joins a cluster by HOST:PORT or 'auto'")
+    common = Options(
+        profile=profile,
+        data=data,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        concurrency=max_concurrent,
+        settings=tuple(set_ or ()),
+        skip_bad=skip_bad,
+        name=name_option,
+        output=output,
+        tracking_uri=tracking_uri,
+        address=address or None,
+    )
+    planned = make_sweep(
+        name,
+        SweepOptions(
+            over=tuple(over or ()),
+            samples=samples,
+            searcher=searcher,
+            scheduler=scheduler,
+            metric=metric,
+            seed=seed,
+            common=common,
+        ),
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    _show_sweep(console, planned)
+    if dry_run:
+        return
+    from orchestrator.console import view_for
+    from orchestrator.interrupt import Interrupted
+    from orchestrator.sweep_run import run_sweep
+
+    try:
+        with view_for(Console()) as view:
+            outcome = run_sweep(planned, view)
+    except Interrupted as signal:
+        raise typer.Exit(signal.exit_code) from None
+    _show_outcome(console, planned, outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _show_sweep(console: Console, planned: Sweep) -> None:
+    from orchestrator.console import detector_text
+    from orchestrator.tracking import without_password
+
+    plan, search = planned.plan, planned.search
+    trial = plan.trials[0]
+    console.print(plan.why, markup=False)
+    console.print(f"{plan.name}: {planned.experiment.question}", markup=False)
+    width = max(len("training"), *(len(d.name) for d in search.space.dimensions))
+    for dimension in search.space.dimensions:
+        console.print(f"  {dimension.name:<{width}}  {dimension}", markup=False)
+    trials = f"{planned.count} suggestions"
+    if search.searcher == "grid":
+        trials += f", {len(plan.trials)} different trials"
+    facts = {
+        "search": f"{search.searcher}, {trials}, scheduler {search.scheduler}, maximise "
+        f"{search.metric}, seed {search.seed}",
+        "detector": detector_text(trial.detector),
+        "training": f"{trial.training.epochs} epochs × {trial.steps_per_epoch} steps, global "
+        f"batch {trial.training.batch_size}",
+        "output": str(plan.folder),
+        "tracking": without_password(plan.tracking_uri),
+    }
+    for key, value in facts.items():
+        console.print(f"  {key:<{width}}  {value}", markup=False)
+
+
+def _show_outcome(console: Console, planned: Sweep, outcome: Outcome) -> None:
+    from orchestrator.console import ended_text
+
+    for result in outcome.results[:1]:
+        console.print(f"Best: {ended_text(result)}", markup=False)
+    for file in outcome.files:
+        console.print(f"  {file}", markup=False)
+    best = planned.folder / "best.yaml"
+    if best in outcome.files:
+        console.print(f"Run the best: codetr run {best}", markup=False)
+    if outcome.logs is not None:
+        console.print(f"  {outcome.logs}  (logs of the failed)", markup=False)

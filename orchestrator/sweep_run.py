@@ -1,0 +1,214 @@
+"""Runs a sweep: shows and records what the searcher's trials do, and reports on all of them."""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from typing import Any
+
+from codetr.config import ConfigError
+from orchestrator.board import Progress
+from orchestrator.cluster import Cluster
+from orchestrator.console import View
+from orchestrator.interrupt import Interrupted, Interrupts
+from orchestrator.jobs import Loop
+from orchestrator.plan import Trial
+from orchestrator.report import write_trial_files
+from orchestrator.runner import Outcome, only_one, prepare_data
+from orchestrator.search import Entry, read_ledger, start_searcher, sweep_result
+from orchestrator.sweep import Sweep, require_same_sweep
+from orchestrator.sweep_report import Row, ranked, write_report
+from orchestrator.tracking import Recorder, Status, Tracker
+from orchestrator.worker import train
+
+_POLL_SECONDS = 0.25
+_STATUS: dict[str, Status] = {
+    "finished": "FINISHED",
+    "stopped": "FINISHED",  # the scheduler's decision, not a failure
+    "failed": "FAILED",
+    "open": "KILLED",
+}
+
+
+def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
+    """Search to the end, from where an earlier invocation was, and report on all of it.
+
+    Raises:
+        ConfigError, DataError: it cannot run; nothing has been written.
+        Interrupted: before anything was started.
+    """
+    with Interrupts() as interrupts:
+        prepare_data(sweep.plan, view)
+        with only_one(sweep.folder):
+            require_same_sweep(sweep)
+            return _SweepRun(sweep, view, loop, interrupts).outcome()
+
+
+class _SweepRun:
+    """One invocation, from the start of Ray and MLflow to the last picture."""
+
+    def __init__(self, sweep: Sweep, view: View, loop: Loop, interrupts: Interrupts) -> None:
+        self.sweep, self.view, self.loop, self.interrupts = sweep, view, loop, interrupts
+        self.cluster = Cluster(sweep.plan)
+        self.recorder: Recorder | None = None
+        self.trials: dict[str, Trial] = {}
+        self.ended: set[str] = set()
+        self.slots = 0
+
+    def outcome(self) -> Outcome:
+        interrupted = None
+        try:
+            before = read_ledger(self.sweep.folder)
+            done = [entry for entry in before if entry.state in ("finished", "stopped")]
+            try:
+                self._start(with_ray=len(done) < self.sweep.count)
+                self._take_over(done)
+                if self.cluster.started:
+                    self._search()
+            except Interrupted as signal:
+                interrupted = signal.exit_code
+            with self.interrupts.shield():
+                return self._finish(interrupted)
+        except BaseException as error:
+            self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
+            if self.recorder is not None:
+                self._record("close", "FAILED", [])
+                self.recorder.close(patience=10)
+            raise
+
+    def _start(self, *, with_ray: bool) -> None:
+        self.view.stage("starting Ray and MLflow" if with_ray else "opening MLflow")
+        threading.Thread(target=import_module, args=("mlflow",), daemon=True).start()
+        with self.interrupts.shield():
+            try:
+                if with_ray:
+                    self.cluster.start()
+                    self.slots = min(self.cluster.slots(), self.sweep.count)
+            finally:
+                self.interrupts.install()  # Ray puts its own handlers in the place of ours
+            self.recorder = Recorder(Tracker(self.sweep.plan), self.view.say)
+        search = self.sweep.search
+        tags = {"trials": str(self.sweep.count), "searcher": search.searcher}
+        self._record("describe", None, {**tags, "scheduler": search.scheduler})
+
+    def _record(self, operation: str, *arguments: Any) -> None:
+        """Have MLflow's thread do a method of the tracker."""
+        assert self.recorder is not None
+        self.recorder(getattr(self.recorder.tracker, operation), *arguments)
+
+    def _take_over(self, done: list[Entry]) -> None:
+        for entry in done:
+            if self._is_first(entry):
+                self._record("adopt", self._trial(entry))
+                self._end(entry)
+
+    def _is_first(self, entry: Entry) -> bool:
+        """Other suggestions that stand for the same trial have no run of their own."""
+        first = next(e for e in read_ledger(self.sweep.folder) if e.trial == entry.trial)
+        return first.tune_id == entry.tune_id
+
+    def _trial(self, entry: Entry) -> Trial:
+        if entry.trial not in self.trials:
+            self.trials[entry.trial] = self.sweep.trial(entry.suggestion)
+        return self.trials[entry.trial]
+
+    # -------------------------------------------------------------------------------- searching
+
+    def _search(self) -> None:
+        import ray
+
+        with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
+            searcher = start_searcher(self.sweep, self.loop, self.slots)
+            search = searcher.search.remote()
+        search_text = f"{self.sweep.search.searcher}, {self.sweep.search.scheduler}"
+        self.view.stage(
+            f"searching {self.sweep.count} suggestions ({search_text}), {self.slots} at a time"
+        )
+        over = False
+        while not over:
+            with self.interrupts.shield():
+                over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
+                self._look(searcher)
+        ray.get(search)  # raises what Tune itself has raised
+
+    def _look(self, searcher: Any) -> None:
+        """Fetch, show and record what the trials have said."""
+        import ray
+
+        entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
+        for entry in entries:
+            if entry.state == "open":
+                self._begin(entry)
+        progress, reports = ray.get(searcher.fetch.remote())
+        for identity, latest in progress.items():
+            if identity not in self.ended:
+                self.view.progress(self.trials[identity], latest)
+        for identity, history in reports.items():
+            if identity not in self.ended:
+                self.view.epoch(self.trials[identity], history[-1])
+                self._record("record", self.trials[identity], history)
+        for entry in entries:
+            if entry.state != "open":
+                self._end(entry)
+
+    def _begin(self, entry: Entry) -> None:
+        trial = self._trial(entry)
+        self.view.progress(trial, Progress("starting"))
+        self._record("begin", trial)
+        self._record("describe", trial, suggestion_tags(entry))
+
+    def _end(self, entry: Entry) -> None:
+        trial = self._trial(entry)
+        if trial.id in self.ended:
+            return
+        self.ended.add(trial.id)
+        result = sweep_result(self.sweep, entry)
+        self.view.ended(result)
+        self._record("record", trial, result.history)
+        self._record("attach", trial, write_trial_files(self.sweep.plan, result))
+        reason = entry.reason if entry.state == "failed" else None
+        self._record("end", trial, _STATUS[entry.state], reason)
+        self._record("describe", trial, {"stop_reason": stop_reason(entry)})
+
+    # ----------------------------------------------------------------------------------- ending
+
+    def _finish(self, interrupted: int | None) -> Outcome:
+        """End Ray, write tables and pictures, end the runs."""
+        if self.cluster.started:
+            self.view.stage("ending Ray")
+        entries = read_ledger(self.sweep.folder)
+        failed = any(entry.state == "failed" for entry in entries)
+        self.cluster.stop(keep_logs=failed)
+        for entry in entries:
+            if entry.state == "open" and entry.trial in self.trials:
+                self._end(entry)
+        self.view.stage("writing tables and pictures")
+        rows = ranked(self.sweep, entries)
+        files = write_report(self.sweep, rows)
+        results = [row.result for row in rows]
+        outcome = Outcome(results, files, interrupted, self.cluster.logs if failed else None)
+        if self.recorder is not None:
+            self._rank(rows)
+            self._record("close", self._status(outcome), outcome.files)
+            self.recorder.close(patience=10 if interrupted else 60)
+        return outcome
+
+    def _rank(self, rows: list[Row]) -> None:
+        for row in rows:
+            if row.rank is not None and row.entry.trial in self.trials and row.is_first:
+                self._record("describe", self._trial(row.entry), {"rank": str(row.rank)})
+
+    def _status(self, outcome: Outcome) -> Status:
+        if outcome.interrupted is not None:
+            return "KILLED"
+        return "FAILED" if outcome.exit_code else "FINISHED"
+
+
+def suggestion_tags(entry: Entry) -> dict[str, str]:
+    values = {f"suggestion.{name}": str(value) for name, value in entry.suggestion.items()}
+    return {**values, "suggestion": str(entry.number)}
+
+
+def stop_reason(entry: Entry) -> str:
+    """Why its training ended: in a word, or as the scheduler or the failure has it."""
+    return entry.reason or {"finished": "all epochs", "open": "interrupted"}.get(entry.state, "")

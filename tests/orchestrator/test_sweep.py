@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import pytest
+
+from codetr.config import ConfigError
+from orchestrator.experiment import load_experiment
+from orchestrator.plan import Options, make_plan
+from orchestrator.search import Ledger, grace_epochs, read_ledger
+from orchestrator.sweep import SweepOptions, make_sweep, require_same_sweep, sweep_files
+
+
+def sample_sweep(output, name=None, **given):
+    settings = given.pop("settings", ())
+    common = Options(output=output, settings=settings, workers=1, profile="laptop")
+    return make_sweep(name, SweepOptions(common=common, **given))
+
+
+def test_every_shipped_sweep_can_be_planned(tmp_path):
+    assert "k-heads-lambda" in sweep_files()
+    for name in sweep_files():
+        sweep = sample_sweep(tmp_path, name)
+        for suggestion in sweep.search.space.corners():
+            sweep.trial(suggestion)
+
+
+def test_a_suggestion_is_the_trial_that_run_would_train(tmp_path):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=0.25,4", "heads=[atss],[]"), searcher="grid")
+    trial = sweep.trial({"lambda_1": 4, "heads": "[atss]"})
+    options = Options(workers=1, settings=("lambda_1=4", "heads=[atss]"), profile="laptop")
+    experiment = load_experiment("ablation-k")
+    one_arm = experiment.model_copy(update={"arms": {"K=0": experiment.arms["K=0"]}})
+    assert trial.id == make_plan(one_arm, options).trials[0].id
+    assert trial.arm == "lambda_1=4 heads=[atss]"
+
+
+def test_what_the_command_line_says_stands_above_the_file(tmp_path):
+    sweep = sample_sweep(tmp_path, "k-heads-lambda")
+    assert (sweep.count, sweep.search.searcher, sweep.search.metric) == (20, "optuna", "AP")
+    sweep = sample_sweep(
+        tmp_path, "k-heads-lambda", samples=3, searcher="random", metric="AP50", seed=7
+    )
+    assert (sweep.count, sweep.search.searcher, sweep.search.metric) == (3, "random", "AP50")
+    assert sweep.trial({"K": 0, "no heads": "[]"}).seed == 7
+
+
+def test_a_grid_knows_its_trials(tmp_path):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2,1.0",), searcher="grid", samples=99)
+    assert sweep.count == 3
+    assert len(sweep.plan.trials) == 2  # identical configurations are one trial
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("nonsense", {}, "no sweep or experiment 'nonsense'"),
+        ("ablation-k", {}, "has no space: give --over"),
+        (None, {"over": ("lambda_1=1,2",), "metric": "APX"}, "--metric APX"),
+        (None, {"over": ("lambda_1=-1,1",)}, "lambda_1"),
+        (None, {"over": ("epochs=2,4",)}, "asha compares"),
+        ("k-heads-lambda", {"searcher": "grid"}, "lambda_1 is a range"),
+        (
+            "k-heads-lambda",
+            {"settings": ("lambda_2=1",)},
+            "--set lambda_2=1: the sweep itself decides",
+        ),
+    ],
+)
+def test_mistakes(tmp_path, name, given, message):
+    with pytest.raises(ConfigError, match=message):
+        sample_sweep(tmp_path, name, **given)
+
+
+def test_only_the_same_sweep_goes_on_in_a_folder(tmp_path):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
+    require_same_sweep(sweep)
+    require_same_sweep(sample_sweep(tmp_path, over=("lambda_1=1,2",)))
+    with pytest.raises(ConfigError, match=r"other .*space.*--name"):
+        require_same_sweep(sample_sweep(tmp_path, over=("lambda_1=1,3",)))
+    with pytest.raises(ConfigError, match=r"other .*samples"):
+        require_same_sweep(sample_sweep(tmp_path, over=("lambda_1=1,2",), samples=5))
+    run = replace(sweep, plan=replace(sweep.plan, name="run"))
+    run.folder.mkdir()
+    (run.folder / "results.csv").touch()
+    with pytest.raises(ConfigError, match="something else than a sweep"):
+        require_same_sweep(run)
+
+
+def test_the_ledger_outlives_its_process(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.claim("a", {"lambda_1": 1}, "trial")
+    assert not ledger.claim("b", {"lambda_1": 1.0}, "trial")  # the same configuration
+    assert ledger.claim("c", {"lambda_1": 2}, "other")
+    ledger.end("c", "stopped", "asha, after epoch 2")
+    again = Ledger(tmp_path)
+    assert again.claim("a", {"lambda_1": 1}, "trial")  # its first suggestion trains it, as before
+    assert not again.claim("b", {"lambda_1": 1.0}, "trial")
+    assert [entry.state for entry in read_ledger(tmp_path)] == ["open", "open", "stopped"]
+    assert [entry.number for entry in read_ledger(tmp_path)] == [1, 2, 3]
+
+
+def test_grace():
+    assert [grace_epochs(epochs) for epochs in (1, 3, 8, 12)] == [1, 1, 2, 3]
