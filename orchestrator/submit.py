@@ -152,9 +152,12 @@ class Jobs:
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         os.environ.pop("RAY_ADDRESS", None)
         with self._told():
-            from ray.job_submission import JobSubmissionClient
+            from ray.dashboard.modules import dashboard_sdk
+            from ray.dashboard.modules.job import sdk
 
-            self._client = JobSubmissionClient(address)
+            for module in (dashboard_sdk, sdk):  # they tell of every upload and connection
+                module.logger.setLevel(logging.WARNING)
+            self._client = sdk.JobSubmissionClient(address)
 
     def submit(self, submission: Submission) -> str:
         """Upload the tree, start the command there; returns the job's id.
@@ -231,7 +234,7 @@ class Jobs:
         """Ray's errors as one line."""
         import ray
 
-        logging.getLogger(ray.__name__).setLevel(logging.WARNING)  # it tells of every upload
+        logging.getLogger(ray.__name__).setLevel(logging.WARNING)
         try:
             yield
         except ConfigError:

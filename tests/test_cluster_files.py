@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,16 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 FILES = sorted(CLUSTER.iterdir())
 FOR_RAY = [CLUSTER / f"{name}.yaml" for name in ("aws", "gcp", "on-premise")]
 KUBERAY, SLURM = CLUSTER / "kuberay.yaml", CLUSTER / "slurm.sbatch"
+DOCS = (CLUSTER.parent / "docs" / "clusters.md").read_text()
+COMMANDS = re.findall(r"^    (codetr .*?)(?:\s+#.*)?$", DOCS, re.MULTILINE)
 STOP = {KUBERAY: "kubectl delete", SLURM: "scancel"}
 
 
@@ -62,6 +69,20 @@ def test_cloud_workers_are_spot_and_the_head_is_not() -> None:
     assert "InstanceMarketOptions" not in aws["head"]["node_config"]
     assert gcp["gpu"]["node_config"]["scheduling"][0]["preemptible"]
     assert "scheduling" not in gcp["head"]["node_config"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_exist(command: str, tmp_path: Path, monkeypatch) -> None:
+    words = shlex.split(command)[1:]
+    length = 1 if words[0] == "run" else 2
+    helped = CliRunner().invoke(app, [*words[:length], "--help"], env={"COLUMNS": "200"})
+    assert helped.exit_code == 0
+    assert all(word in helped.output for word in words if word.startswith("--"))
+    if words[0] == "run":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["codetr", *words, "--dry-run"])
+        done = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
+        assert "codetr run ablation-k" in done.output
 
 
 def test_ray_would_refuse_a_mistake() -> None:
@@ -121,6 +142,7 @@ FAKE = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'n1\\nn2\\nn3\\n' ;;
+    "srun --nodes=1") [[ $* == *hostname* ]] && echo '10.0.0.1 fe80::1' ;;
     "codetr run") if [[ -n ${SLOW:-} ]]; then
         trap 'exit 143' TERM; echo >> "$SLOW"; while :; do sleep 0.1; done
     fi; exit "${CODE:-0}" ;;
@@ -165,12 +187,12 @@ def test_slurm_starts_ray_on_every_node_and_runs(slurm, tmp_path: Path) -> None:
     process = slurm("ablation-k", "--seeds", "0,1", CODE="3")
     assert process.wait(30) == 3
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert "codetr run ablation-k --seeds 0,1 --address n1:23456" in calls
-    starts = sorted(call for call in calls if call.startswith("srun"))
-    assert [start.split("--nodelist=")[1].split()[0] for start in starts] == ["n1", "n2", "n3"]
-    assert "--head" in starts[0]
+    assert "codetr run ablation-k --seeds 0,1 --address 10.0.0.1:23456" in calls
+    starts = sorted(call for call in calls if "ray start" in call)
+    assert [re.search(r"--nodelist=(\S+)", start)[1] for start in starts] == ["n1", "n2", "n3"]
+    assert "--head --node-ip-address=10.0.0.1 --port=23456" in starts[0]
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert all("--address=n1:23456" in start for start in starts[1:])
+    assert all("--address=10.0.0.1:23456" in start for start in starts[1:])
     assert all("--num-cpus=64 --num-gpus=8 --block" in start for start in starts)
 
 
