@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -185,8 +186,10 @@ def test_slurm_passes_shellcheck() -> None:
 
 def test_slurm_starts_ray_on_every_node_and_runs(slurm, tmp_path: Path) -> None:
     process = slurm("ablation-k", "--seeds", "0,1", CODE="3")
-    assert process.wait(30) == 3
-    calls = (tmp_path / "calls").read_text().splitlines()
+    assert process.wait(60) == 3
+    while (written := (tmp_path / "calls").read_text()).count("ray start") < 3:
+        time.sleep(0.1)  # they run in the background
+    calls = written.splitlines()
     assert "codetr run ablation-k --seeds 0,1 --address 10.0.0.1:23456" in calls
     starts = sorted(call for call in calls if "ray start" in call)
     assert [re.search(r"--nodelist=(\S+)", start)[1] for start in starts] == ["n1", "n2", "n3"]
@@ -201,11 +204,11 @@ def test_slurm_queues_a_preempted_job_again(slurm, tmp_path: Path) -> None:
     while not (tmp_path / "running").exists():
         assert process.poll() is None
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(60) == 143
     assert "scontrol requeue 123456" in (tmp_path / "calls").read_text().splitlines()
 
 
 def test_slurm_wants_an_experiment(slurm) -> None:
     process = slurm()
-    assert process.wait(30) == 2
+    assert process.wait(60) == 2
     assert "usage" in process.stderr.read()
