@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 from collections import Counter
 from pathlib import Path
@@ -122,6 +123,8 @@ class Cluster:
 
         processes = descendants() if self._session else []
         ray.shutdown()
+        # Its C++ side has put the default action in the place of our handler, unknown to Python.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         end_processes(processes, patience=5)
         if self._session and not keep_logs:
             shutil.rmtree(self._session, ignore_errors=True)
