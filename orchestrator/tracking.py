@@ -54,6 +54,8 @@ class Tracker:
         # A server that is gone should cost seconds; repeating is the Recorder's business.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        # It prints the addresses of runs, with the password that the store's address has.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         from mlflow import MlflowClient
 
         for library in ("mlflow", "alembic"):
