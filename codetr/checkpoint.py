@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -105,6 +106,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
         intact = zipfile.ZipFile(path).testzip() is None  # torch itself compares no checksums
     except OSError as error:
+        if error.errno == errno.EINVAL:  # torch looks for the end of an archive before a short file
+            raise CheckpointError(_why_unreadable(path)) from error
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # pickle, zip and torch each raise their own
         raise CheckpointError(_why_unreadable(path)) from error

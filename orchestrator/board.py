@@ -36,15 +36,22 @@ class Epoch:
         epoch: from 1.
         step: optimiser steps since the beginning.
         values: every measured number by its readable path: ``train/loss``, ``val/AP``, ...
+        notes: what befell the trial since the epoch before, in sentences.
     """
 
     epoch: int
     step: int
     values: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Epoch:
-        return cls(epoch=row["epoch"], step=row["step"], values=dict(row["values"]))
+        return cls(
+            epoch=row["epoch"],
+            step=row["step"],
+            values=dict(row["values"]),
+            notes=tuple(row.get("notes", ())),
+        )
 
 
 History = list[Epoch]
@@ -52,10 +59,13 @@ History = list[Epoch]
 
 @dataclass
 class Board:
-    """The latest progress of every trial, and the reports not yet fetched."""
+    """The latest progress of every trial, the reports not yet fetched, in how many parts each trial
+    computes its batches, and the placement group that its workers occupy."""
 
     progress: dict[str, Progress] = field(default_factory=dict)
     reports: dict[str, History] = field(default_factory=dict)
+    accumulation: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
 
     def show(self, trial: str, progress: Progress) -> None:
         self.progress[trial] = progress
@@ -68,3 +78,19 @@ class Board:
         news = self.progress, self.reports
         self.progress, self.reports = {}, {}
         return news
+
+    def parts(self, trial: str, least: int) -> int:
+        """In how many parts the trial's workers compute their batches: ``least``, or more since
+        they ran out of memory."""
+        self.accumulation[trial] = max(least, self.accumulation.get(trial, 1))
+        return self.accumulation[trial]
+
+    def out_of_memory(self, trial: str) -> None:
+        """Have the workers that are started next compute in twice as many parts."""
+        self.accumulation[trial] = 2 * self.accumulation.get(trial, 1)
+
+    def occupy(self, trial: str, group: Any) -> None:
+        self.groups[trial] = group
+
+    def group(self, trial: str) -> Any:
+        return self.groups.get(trial)

@@ -293,7 +293,8 @@ def ended_text(result: TrialResult) -> str:
     ap = result.metric("AP")
     parts = [result.state, done, *([] if ap is None else [f"AP {ap:.1f}"])]
     text = f"{label(result.trial)}: {', '.join(parts)}"
-    return f"{text}: {result.reason}" if result.reason else text
+    text = f"{text}: {result.reason}" if result.reason else text
+    return "\n".join([text, *(f"{label(result.trial)}: {note}" for note in result.notes)])
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ Loop = Callable[[dict[str, Any]], str | None]
 """A Ray Train loop: takes and returns what :func:`orchestrator.worker.train` does."""
 
 WORKER_FAILURES, CONTROLLER_FAILURES = 2, 3
-"""So often does Ray Train start a trial's workers again, or place them again."""
+"""So often are a trial's workers started again, or what drives them."""
 
 KEPT_CHECKPOINTS = 2
 """The best ones; the last is always kept beside them."""
@@ -54,9 +54,42 @@ def fit(
 ) -> str | None:
     """Train a trial on the running cluster, from its last checkpoint; blocks until it ends.
 
+    Ray Train starts lost workers again; its controller, which does so, is started again here.
+
+    Args:
+        callbacks: Ray Train's, beside the one that reports to the board.
+
     Returns:
         Why it failed; None if it did not.
     """
+    import ray.train
+
+    attempts = CONTROLLER_FAILURES + 1
+    while True:
+        attempts -= 1
+        try:
+            reason: str | None = _trainer(plan, trial, board, loop, callbacks).fit().return_value
+        except ray.train.TrainingFailedError as error:
+            return failure_text(error)
+        except ray.exceptions.RayActorError as error:  # Ray Train's controller is gone
+            _free_group(board, trial)
+            if not attempts:
+                return failure_text(error)
+        else:
+            return reason
+
+
+def _free_group(board: Any, trial: Trial) -> None:
+    """Give back what a dead controller's workers occupied: Ray Train's own cleaner cannot, where
+    there is no dashboard to ask whether the controller lives."""
+    import ray
+
+    group = ray.get(board.group.remote(trial.id))
+    if group is not None:
+        ray.util.remove_placement_group(group)
+
+
+def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any]) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -73,7 +106,7 @@ def fit(
         "board": board,
         "cpus": resources.cpus_per_worker,
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         loop,
         train_loop_config=job,
         torch_config=LoopbackConfig() if plan.address is None else TorchConfig(),
@@ -94,11 +127,6 @@ def fit(
             callbacks=[ReportToBoard(board, trial.id), *callbacks],
         ),
     )
-    try:
-        reason: str | None = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        return failure_text(error)
-    return reason
 
 
 def failure_text(error: Any) -> str:

@@ -66,6 +66,7 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
     lines += ["", "## Trials", "", *_markdown_table(trial_table(results))]
     failed = [result for result in results if result.reason]
     lines += [f"\n**{r.trial.arm}, seed {r.trial.seed}, failed:** {r.reason}" for r in failed]
+    lines += [f"\n{r.trial.arm}, seed {r.trial.seed}: {note}" for r in results for note in r.notes]
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,11 @@ class TrialResult:
     best: Path | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """What befell the trial and did not end it."""
+        return [note for epoch in self.history for note in epoch.notes]
+
+    @property
     def evaluated(self) -> list[Epoch]:
         """The epochs after which the detector was evaluated."""
         return [epoch for epoch in self.history if "val/AP" in epoch.values]

@@ -189,6 +189,8 @@ class Tracker:
                     run_id,
                     metrics=[Metric(key, value, now, epoch.epoch) for key, value in values.items()],
                 )
+        if notes := [f"epoch {epoch.epoch}: {note}" for epoch in history for note in epoch.notes]:
+            self.client.set_tag(run_id, "notes", "\n".join(notes))
 
     def describe(self, trial: Trial | None, tags: dict[str, str]) -> None:
         """Tag the trial's run, or the invocation's."""
@@ -249,7 +251,7 @@ class Recorder:
             pause = 1.0
             while not self._attempt(operation, pause):
                 time.sleep(pause)
-                pause = min(2 * pause, 30.0)
+                pause = min(2 * pause, 10.0)
 
     def _attempt(self, operation: Callable[[], None], pause: float) -> bool:
         """True if done, or if it never can be."""

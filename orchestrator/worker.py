@@ -68,9 +68,11 @@ def train(job: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     tell = Messenger(job["board"] if rank == 0 else None, trial.id)
+    if rank == 0:
+        job["board"].occupy.remote(trial.id, ray.util.get_current_placement_group())
     folder, world_size = Path(job["folder"]), context.get_world_size()
     with trial_log(folder, rank, world_size):
-        training = _Training(trial, rank, world_size, tell)
+        training = _Training(trial, rank, world_size, tell, job["board"])
         try:
             while training.state.epoch < trial.training.epochs:
                 training.report(training.epoch())
@@ -86,7 +88,9 @@ def train(job: dict[str, Any]) -> str | None:
 class _Training:
     """A trial on one rank: its data, its state, and its history."""
 
-    def __init__(self, trial: Trial, rank: int, world_size: int, tell: Messenger) -> None:
+    def __init__(
+        self, trial: Trial, rank: int, world_size: int, tell: Messenger, board: Any
+    ) -> None:
         from codetr.cost import ParameterCount
         from codetr.data import build_loader, open_dataset
 
@@ -104,18 +108,23 @@ class _Training:
         )
         tell(Progress("building"))
         self.history: History = []
-        self.state = self._start_or_resume()
+        self.notes: list[str] = []
+        self.state = self._start_or_resume(board)
         self.parameters = ParameterCount.of(self.state.model)
         self.evaluation_seconds = 0.0
 
-    def _start_or_resume(self) -> TrainingState:
+    def _start_or_resume(self, board: Any) -> TrainingState:
         import ray.train
         from ray.train.torch import get_device
 
         from codetr.checkpoint import load_checkpoint, without_download
+        from codetr.distributed import from_rank_zero
         from codetr.training import TrainingState
 
-        trial, saved = self.trial, ray.train.get_checkpoint()
+        trial, reported = self.trial, ray.train.get_checkpoint()
+        # On one rank, so that all agree also where a disk fails some of them.
+        saved, problem = from_rank_zero(lambda: newest_sound(reported and Path(reported.path)))
+        self.notes += [problem] if problem else []
         state = TrainingState.start(
             without_download(trial.detector) if saved else trial.detector,
             trial.training,
@@ -125,10 +134,19 @@ class _Training:
             steps_per_epoch=len(self.train_set) // trial.training.batch_size,
             device=get_device(),
         )
+        before = trial.training.accumulate
         if saved:
-            with saved.as_directory() as folder:
-                state.restore(load_checkpoint(Path(folder)))
-                self.history = read_history(Path(folder))
+            checkpoint = load_checkpoint(saved)
+            state.restore(checkpoint)
+            self.history = read_history(saved)
+            before = max(before, checkpoint.training.accumulate)
+        parts = ray.get(board.parts.remote(trial.id, before))
+        if parts > before:
+            self.notes.append(
+                f"out of memory: from epoch {state.epoch + 1} on each worker computes its share of "
+                f"a batch in {parts} parts (accumulate={parts}); the global batch is the same"
+            )
+        state.training = trial.training.model_copy(update={"accumulate": parts})
         return state
 
     def epoch(self) -> Evaluation | None:
@@ -150,8 +168,9 @@ class _Training:
             self.evaluation_seconds = evaluation.cost.seconds
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
         values |= _cost_values(state.cost, self.parameters)
-        self.history.append(Epoch(epoch, state.step, values))
+        self.history.append(Epoch(epoch, state.step, values, tuple(self.notes)))
         log.info("%s", _log_line(self.history[-1], config.epochs))
+        self.notes = []
         return evaluation
 
     def _show_step(self, step: StepReport) -> None:
@@ -249,6 +268,44 @@ def _cost_values(cost: Cost, parameters: ParameterCount) -> dict[str, float]:
         "cost/parameters_training": parameters.training,
         "cost/parameters_inference": parameters.inference,
     }
+
+
+def newest_sound(reported: Path | None) -> tuple[Path | None, str | None]:
+    """The last checkpoint's folder, or, if it is damaged, the newest before it that is not.
+
+    Args:
+        reported: the last one that was reported, among the others of its trial.
+
+    Returns:
+        None where there is none, and what was lost, in a sentence, or None.
+    """
+    from codetr.checkpoint import CheckpointError, load_checkpoint
+
+    if reported is None:
+        return None, None
+    older = [p for p in reported.parent.glob("epoch-*") if _epoch_of(p) < _epoch_of(reported)]
+    found, problems = None, []
+    for folder in [reported, *sorted(older, key=_epoch_of, reverse=True)]:
+        try:
+            load_checkpoint(folder)
+            read_history(folder)
+        except (CheckpointError, OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        found = folder
+        break
+    if not problems:
+        return found, None
+    epoch = _epoch_of(found) if found else 0
+    return found, (
+        f"{'; '.join(problems)}. Went on after epoch {epoch}: the work of "
+        f"{_epoch_of(reported) - epoch} epoch(s) was lost and done again"
+    )
+
+
+def _epoch_of(folder: Path) -> int:
+    """The epoch in the name of a checkpoint's folder."""
+    return int(folder.name.split("-")[1])
 
 
 def read_history(folder: Path) -> History:

@@ -1,0 +1,94 @@
+"""Which checkpoint a trial goes on from, if the disk has not kept the last one."""
+
+import dataclasses
+import json
+import zipfile
+
+import pytest
+from trial_samples import sample_epoch
+
+from codetr.checkpoint import FILE_NAME, save_checkpoint
+from codetr.config import DataConfig, DetectorConfig, TrainingConfig
+from codetr.data import Classes
+from codetr.detector import CoDETR
+from codetr.training import TrainingState
+from orchestrator.worker import HISTORY, newest_sound
+
+TINY = {
+    "num_classes": 2,
+    "backbone": {"name": "tiny", "pretrained": False, "frozen_stages": -1},
+    "transformer": {
+        "embed_dim": 32, "ffn_dim": 32, "attention_heads": 4, "sampling_points": 2,
+        "encoder_layers": 1, "decoder_layers": 1, "levels": 3, "group_norm_groups": 8,
+    },
+    "queries": {"count": 4, "two_stage": False},
+}  # fmt: skip
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """A trial's folder with checkpoints of the epochs 2, 3 and 5."""
+    import torch
+
+    state = TrainingState.start(
+        DetectorConfig.model_validate(TINY), TrainingConfig(), DataConfig(),
+        Classes(("a", "b"), (1, 2)), seed=0, steps_per_epoch=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert isinstance(state.model, CoDETR)
+    for epoch in (2, 3, 5):
+        folder = tmp_path / f"epoch-{epoch:04d}-abcdefgh"
+        state.epoch = epoch
+        save_checkpoint(state.checkpoint(), folder / FILE_NAME)
+        history = [dataclasses.asdict(sample_epoch(e, 0.1)) for e in range(1, epoch + 1)]
+        (folder / HISTORY).write_text(json.dumps(history))
+    return tmp_path
+
+
+def last(trial):
+    return sorted(trial.glob("epoch-*"))[-1]
+
+
+def test_the_last_one_if_it_is_sound(trial):
+    assert newest_sound(last(trial)) == (last(trial), None)
+    assert newest_sound(None) == (None, None)
+
+
+def truncate(folder):
+    with (folder / FILE_NAME).open("r+b") as file:
+        file.truncate(5000)
+
+
+def change_a_byte(folder):
+    """In the middle of the largest tensor; elsewhere there is padding, which nobody reads."""
+    path = folder / FILE_NAME
+    with zipfile.ZipFile(path) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor) + len(tensor) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_the_file(folder):
+    (folder / FILE_NAME).unlink()
+
+
+def cut_the_history(folder):
+    text = (folder / HISTORY).read_text()
+    (folder / HISTORY).write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize("damage", [truncate, change_a_byte, lose_the_file, cut_the_history])
+def test_else_the_newest_before_it_and_the_loss_is_told(trial, damage):
+    damage(last(trial))
+    found, note = newest_sound(last(trial))
+    assert found.name.startswith("epoch-0003")
+    assert "Went on after epoch 3: the work of 2 epoch(s) was lost" in note
+
+
+def test_none_if_all_are_damaged(trial):
+    for folder in trial.glob("epoch-*"):
+        truncate(folder)
+    found, note = newest_sound(last(trial))
+    assert found is None
+    assert note.count("is truncated") == 3
+    assert "Went on after epoch 0: the work of 5 epoch(s) was lost" in note
