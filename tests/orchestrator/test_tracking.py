@@ -94,6 +94,18 @@ def test_a_trial_goes_on_in_its_own_run(plan):
     assert [m.step for m in points] == [1, 2, 3]
 
 
+def test_a_trial_trained_anew_has_one_run_still(plan):
+    trial = plan.trials[0]
+    tracker = Tracker(plan)
+    for _ in range(2):
+        tracker.discard(trial)
+        tracker.begin(trial)
+        tracker.record(trial, [sample_epoch(1, 0.1)])
+        tracker.end(trial, "FINISHED")
+    (run,) = runs(tracker, f"tags.trial_id = '{trial.id}'")
+    assert len(tracker.client.get_metric_history(run.info.run_id, "val/AP")) == 1
+
+
 def test_a_finished_trial_is_taken_over_as_it_is(plan):
     trial = plan.trials[0]
     first = Tracker(plan)
