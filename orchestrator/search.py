@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, result_on_disk
+from orchestrator.lease import Leases
 from orchestrator.plan import Trial
+from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
@@ -27,6 +29,7 @@ LEDGER = "suggestions.json"
 _TUNE_FOLDER = "tune"
 _EPOCH = "epoch"
 _POLL_SECONDS = 0.5
+_LEASE_POLL_SECONDS = 2.0
 
 _TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 """What a Tune trial takes itself: nothing but its place on the head. If it took a CPU, as by
@@ -112,6 +115,7 @@ class Searcher(Foreman):
         os.environ.update(_ENVIRONMENT)
         self.sweep, self.slots = sweep, slots
         self.ledger = Ledger(sweep.folder)
+        self.leases = Leases(sweep.plan.output, sweep.plan.name)
         self.news: list[Entry] = []
 
     def search(self) -> None:
@@ -120,7 +124,8 @@ class Searcher(Foreman):
 
         name = ray.get_runtime_context().get_actor_name()
         tuner = _tuner(self.sweep, _trainable(self.sweep, self.loop, name), name, self.slots)
-        tuner.fit()
+        with self.leases:
+            tuner.fit()
 
     def claim(self, tune_id: str, suggestion: Suggestion, trial: Trial) -> bool:
         """Whether this suggestion shall train its trial; if not, another one does or did."""
@@ -129,6 +134,10 @@ class Searcher(Foreman):
             self.plan = replace(self.plan, trials=(*self.plan.trials, trial))
             self.news.append(replace(self.ledger.entries[tune_id]))
         return mine
+
+    def acquire(self, trial: str) -> bool:
+        """Take the trial's lease; False while another invocation trains it."""
+        return self.leases.acquire(trial) is None
 
     def twin_has_ended(self, trial: str) -> bool:
         return self.ledger.first(trial).state != "open"
@@ -150,6 +159,7 @@ class Searcher(Foreman):
         else:
             self.ledger.end(tune_id, "finished")
         if entry is not None and self.ledger.first(entry.trial) is entry:
+            self.leases.release(entry.trial)
             self.news.append(replace(entry))
 
     def _epochs(self, entry: Entry) -> int:
@@ -286,6 +296,7 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
 
 def _train(sweep: Sweep, trial: Trial, searcher: Any, loop: Loop) -> str | None:
     """Train the trial unless it is trained; returns why it failed."""
+    _wait_for_lease(sweep, trial, searcher)
     if result_on_disk(sweep.plan, trial).state == "finished":
         return None
     try:
@@ -302,6 +313,20 @@ def _train(sweep: Sweep, trial: Trial, searcher: Any, loop: Loop) -> str | None:
     if reason is None and result.state != "finished":
         return f"ended after {len(result.history)} epochs"
     return reason
+
+
+def _wait_for_lease(sweep: Sweep, trial: Trial, searcher: Any) -> None:
+    """Until no other invocation trains the trial; what one has finished meanwhile is copied."""
+    import ray
+
+    since = time.time()
+    waited = False
+    while not ray.get(searcher.acquire.remote(trial.id)):
+        waited = True
+        time.sleep(_LEASE_POLL_SECONDS)
+    source = finished_elsewhere(sweep.plan, trial, since) if waited else None
+    if source is not None:
+        take_over(sweep.plan, trial, source)
 
 
 def _report_to_tune(metric: str, epochs: int) -> Any:

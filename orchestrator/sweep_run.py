@@ -12,7 +12,9 @@ from orchestrator.cluster import Cluster
 from orchestrator.console import View
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop
+from orchestrator.lease import Leases
 from orchestrator.plan import Trial
+from orchestrator.records import note, run_lease
 from orchestrator.report import write_trial_files
 from orchestrator.runner import Outcome, only_one, prepare_data
 from orchestrator.search import Entry, read_ledger, start_searcher, sweep_result
@@ -39,8 +41,9 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
     """
     with Interrupts() as interrupts:
         prepare_data(sweep.plan, view)
-        with only_one(sweep.folder):
+        with only_one(sweep.folder), Leases(sweep.plan.output, sweep.plan.name) as leases:
             require_same_sweep(sweep)
+            leases.acquire(run_lease(sweep.plan.name))  # tells the other commands who is at work
             return _SweepRun(sweep, view, loop, interrupts).outcome()
 
 
@@ -153,6 +156,7 @@ class _SweepRun:
 
     def _begin(self, entry: Entry) -> None:
         trial = self._trial(entry)
+        note(self.sweep.plan, trial, "running")
         self.view.progress(trial, Progress("starting"))
         self._record("begin", trial)
         self._record("describe", trial, suggestion_tags(entry))
@@ -163,6 +167,7 @@ class _SweepRun:
             return
         self.ended.add(trial.id)
         result = sweep_result(self.sweep, entry)
+        note(self.sweep.plan, trial, result.state, result.reason)
         self.view.ended(result)
         self._record("record", trial, result.history)
         self._record("attach", trial, write_trial_files(self.sweep.plan, result))

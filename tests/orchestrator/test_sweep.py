@@ -1,8 +1,12 @@
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from codetr.config import ConfigError
+from orchestrator.cli import main
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
 from orchestrator.search import Ledger, grace_epochs, read_ledger
@@ -100,3 +104,27 @@ def test_the_ledger_outlives_its_process(tmp_path):
 
 def test_grace():
     assert [grace_epochs(epochs) for epochs in (1, 3, 8, 12)] == [1, 1, 2, 3]
+
+
+def test_the_documented_commands_and_file(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+    commands = re.findall(r"^    codetr (sweep .*)$", text, re.MULTILINE)
+    (tmp_path / "documented.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    for command in [*commands, "sweep documented.yaml"]:
+        profile = ["--profile", "laptop", "--workers", "1", "--dry-run"]
+        monkeypatch.setattr("sys.argv", ["codetr", *shlex.split(command), *profile])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, command
+        assert "suggestions" in capsys.readouterr().out
+    assert len(commands) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pbt_is_refused_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["codetr", "sweep", "k-heads-lambda", "--scheduler", "pbt"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "no configuration that 'codetr run' could repeat" in capsys.readouterr().err
