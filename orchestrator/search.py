@@ -77,7 +77,10 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries = {entry.tune_id: entry for entry in read_ledger(folder)}
+        before = read_ledger(folder)
+        self.entries = {entry.tune_id: entry for entry in before if entry.state != "open"}
+        # Nobody may wait for these until Tune takes them up: it may have forgotten the last ones.
+        self.cut_off = {entry.tune_id: entry for entry in before if entry.state == "open"}
         self._lock = threading.Lock()
 
     def claim(self, tune_id: str, suggestion: Suggestion, trial: str) -> bool:
@@ -85,8 +88,9 @@ class Ledger:
         it."""
         with self._lock:
             if tune_id not in self.entries:
-                number = len(self.entries) + 1
-                self.entries[tune_id] = Entry(number, tune_id, suggestion, trial)
+                number = max((entry.number for entry in self._all()), default=0) + 1
+                new = Entry(number, tune_id, suggestion, trial)
+                self.entries[tune_id] = self.cut_off.pop(tune_id, new)
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
             self._write()
@@ -101,9 +105,18 @@ class Ledger:
             self.entries[tune_id].reason = reason
             self._write()
 
+    def close(self) -> None:
+        """The search is over: what Tune has forgotten is no suggestion."""
+        with self._lock:
+            self.cut_off.clear()
+            self._write()
+
+    def _all(self) -> list[Entry]:
+        return [*self.entries.values(), *self.cut_off.values()]
+
     def _write(self) -> None:
         draft = self.folder / f".{LEDGER}"
-        draft.write_text(json.dumps([asdict(entry) for entry in self.entries.values()], indent=1))
+        draft.write_text(json.dumps([asdict(entry) for entry in self._all()], indent=1))
         draft.replace(self.folder / LEDGER)
 
 
@@ -126,6 +139,7 @@ class Searcher(Foreman):
         tuner = _tuner(self.sweep, _trainable(self.sweep, self.loop, name), name, self.slots)
         with self.leases:
             tuner.fit()
+        self.ledger.close()
 
     def claim(self, tune_id: str, suggestion: Suggestion, trial: Trial) -> bool:
         """Whether this suggestion shall train its trial; if not, another one does or did."""

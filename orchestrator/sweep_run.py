@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +31,25 @@ _STATUS: dict[str, Status] = {
     "failed": "FAILED",
     "open": "KILLED",
 }
+
+
+@dataclass
+class SweepOutcome(Outcome):
+    """What a sweep leaves behind, its results by rank.
+
+    Attributes:
+        complete: every suggestion was made, and has finished or was stopped by the scheduler.
+    """
+
+    complete: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        return int(not self.complete) if self.interrupted is None else self.interrupted
+
+
+def is_done(entry: Entry) -> bool:
+    return entry.state in ("finished", "stopped")
 
 
 def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
@@ -62,7 +82,7 @@ class _SweepRun:
         interrupted = None
         try:
             before = read_ledger(self.sweep.folder)
-            done = [entry for entry in before if entry.state in ("finished", "stopped")]
+            done = [entry for entry in before if is_done(entry)]
             try:
                 self._start(with_ray=len(done) < self.sweep.count)
                 self._take_over(done)
@@ -190,11 +210,16 @@ class _SweepRun:
         self.view.stage("writing tables and pictures")
         rows = ranked(self.sweep, entries)
         files = write_report(self.sweep, rows)
-        results = [row.result for row in rows]
-        outcome = Outcome(results, files, interrupted, self.cluster.logs if failed else None)
+        outcome = SweepOutcome(
+            [row.result for row in rows],
+            files,
+            interrupted,
+            self.cluster.logs if failed else None,
+            complete=len(entries) >= self.sweep.count and all(map(is_done, entries)),
+        )
         if self.recorder is not None:
             self._rank(rows)
-            self._record("close", self._status(outcome), outcome.files)
+            self._record("close", outcome.status, outcome.files)
             self.recorder.close(patience=10 if interrupted else 60)
         return outcome
 
@@ -202,11 +227,6 @@ class _SweepRun:
         for row in rows:
             if row.rank is not None and row.entry.trial in self.trials and row.is_first:
                 self._record("describe", self._trial(row.entry), {"rank": str(row.rank)})
-
-    def _status(self, outcome: Outcome) -> Status:
-        if outcome.interrupted is not None:
-            return "KILLED"
-        return "FAILED" if outcome.exit_code else "FINISHED"
 
 
 def suggestion_tags(entry: Entry) -> dict[str, str]:

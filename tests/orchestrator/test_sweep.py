@@ -9,8 +9,10 @@ from codetr.config import ConfigError
 from orchestrator.cli import main
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
+from orchestrator.results import TrialResult
 from orchestrator.search import Ledger, grace_epochs, read_ledger
 from orchestrator.sweep import SweepOptions, make_sweep, require_same_sweep, sweep_files
+from orchestrator.sweep_run import SweepOutcome
 
 
 def sample_sweep(output, name=None, **given):
@@ -98,8 +100,17 @@ def test_the_ledger_outlives_its_process(tmp_path):
     again = Ledger(tmp_path)
     assert again.claim("a", {"lambda_1": 1}, "trial")  # its first suggestion trains it, as before
     assert not again.claim("b", {"lambda_1": 1.0}, "trial")
-    assert [entry.state for entry in read_ledger(tmp_path)] == ["open", "open", "stopped"]
-    assert [entry.number for entry in read_ledger(tmp_path)] == [1, 2, 3]
+    by_id = {entry.tune_id: (entry.number, entry.state) for entry in read_ledger(tmp_path)}
+    assert by_id == {"a": (1, "open"), "b": (2, "open"), "c": (3, "stopped")}
+
+
+def test_nobody_waits_for_a_suggestion_that_tune_has_forgotten(tmp_path):
+    Ledger(tmp_path).claim("forgotten", {"lambda_1": 1}, "trial")
+    again = Ledger(tmp_path)
+    assert again.claim("new", {"lambda_1": 1}, "trial")
+    again.end("new", "finished")
+    again.close()
+    assert [(entry.tune_id, entry.number) for entry in read_ledger(tmp_path)] == [("new", 2)]
 
 
 def test_grace():
@@ -128,3 +139,18 @@ def test_pbt_is_refused_with_its_reason(monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert "no configuration that 'codetr run' could repeat" in capsys.readouterr().err
+
+
+def test_a_trial_that_the_scheduler_stopped_is_no_failure(tmp_path):
+    trial = sample_sweep(tmp_path, over=("lambda_1=1,2",)).plan.trials[0]
+    stopped = TrialResult(trial, "interrupted", [], reason="asha, after epoch 1")
+    outcomes = [
+        SweepOutcome([stopped]),
+        SweepOutcome([stopped], complete=False),
+        SweepOutcome([stopped], interrupted=130),
+    ]
+    assert [(outcome.exit_code, outcome.status) for outcome in outcomes] == [
+        (0, "FINISHED"),
+        (1, "FAILED"),
+        (130, "KILLED"),
+    ]
