@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-faults lint format clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Create .venv and install the project with its development tools.
 
@@ -23,6 +23,9 @@ demo: $(READY)  ## Train Co-DETR with K = 0, 1, 2 heads on the embedded digits a
 
 test: $(READY) lint  ## Run linters, type checker and all tests.
 	$(BIN)/pytest
+
+test-faults: $(READY)  ## Kill, corrupt and starve real trainings; each must end with the same table.
+	$(BIN)/pytest -m faults tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
