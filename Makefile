@@ -24,7 +24,7 @@ demo: $(READY)  ## Train Co-DETR with K = 0, 1, 2 heads on the embedded digits a
 test: $(READY) lint  ## Run linters, type checker and all tests.
 	$(BIN)/pytest
 
-test-faults: $(READY)  ## Kill, corrupt and starve real trainings; each must end with the same table.
+test-faults: $(READY)  ## Break real trainings; each must end with the same table and weights.
 	$(BIN)/pytest -m faults tests/faults
 
 lint: $(READY)

@@ -1,0 +1,36 @@
+"""A checkpoint that is damaged while nobody looks."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from fault_laboratory import finish, read_until
+
+from codetr.checkpoint import FILE_NAME, load_checkpoint
+
+pytestmark = pytest.mark.faults
+
+
+def test_terminated_and_damaged_it_goes_on_from_the_checkpoint_before(laboratory, undisturbed):
+    """SIGTERM, as before a spot machine is taken away; then the last checkpoint is cut off."""
+    process = laboratory.start()
+    read_until(process, r"K=1, seed 0: epoch 2/")
+    process.send_signal(signal.SIGTERM)
+    code, out = finish(process)
+    assert code == 128 + signal.SIGTERM, out
+    assert "K=1, seed 0: interrupted" in out
+    last = laboratory.checkpoints("k-1")[-1]
+    assert load_checkpoint(last).epoch >= 2, "what was reported must be kept"
+    with (last / FILE_NAME).open("r+b") as file:
+        file.truncate(5000)
+
+    code, out = laboratory.run()
+    assert code == 0, out
+    assert laboratory.outcome() == undisturbed
+    laboratory.require_each_epoch_once()
+    table = (laboratory.output / "tiny" / "results.md").read_text()
+    (run,) = (run for run in laboratory.runs() if run.data.tags["arm"] == "K=1")
+    for text in (out, table, run.data.tags["notes"]):
+        assert "is truncated" in text
+        assert "epoch(s) was lost and done again" in text
