@@ -153,8 +153,9 @@ class Searcher(Foreman):
         """Take the trial's lease; False while another invocation trains it."""
         return self.leases.acquire(trial) is None
 
-    def twin_has_ended(self, trial: str) -> bool:
-        return self.ledger.first(trial).state != "open"
+    def first(self, trial: str) -> Entry:
+        """The suggestion that trains the trial: its arm, and so its folder, bear its name."""
+        return replace(self.ledger.first(trial))
 
     def failed(self, tune_id: str, reason: str) -> None:
         """The trial's own word on why, better than what Tune makes of it."""
@@ -301,8 +302,9 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
                 ray.get(searcher.failed.remote(tune_id, reason))
                 raise RuntimeError(reason)
         else:
-            while not ray.get(searcher.twin_has_ended.remote(trial.id)):
+            while (first := ray.get(searcher.first.remote(trial.id))).state == "open":
                 time.sleep(_POLL_SECONDS)
+            trial = sweep.trial(first.suggestion)
         _report_last(sweep, trial)
 
     return codetr_trial
