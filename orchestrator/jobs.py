@@ -72,19 +72,31 @@ def fit(
         except ray.train.TrainingFailedError as error:
             return failure_text(error)
         except ray.exceptions.RayActorError as error:  # Ray Train's controller is gone
-            _free_group(board, trial)
+            free_group(ray.get(board.group.remote(trial.id)))
             if not attempts:
                 return failure_text(error)
         else:
             return reason
 
 
-def _free_group(board: Any, trial: Trial) -> None:
-    """Give back what a dead controller's workers occupied: Ray Train's own cleaner cannot, where
-    there is no dashboard to ask whether the controller lives."""
+def _placed(loop: Loop, trial: str) -> Loop:
+    """The loop, after it has told the board which placement group its workers occupy."""
+
+    def work(job: dict[str, Any]) -> str | None:
+        import ray.train
+
+        if ray.train.get_context().get_world_rank() == 0:
+            job["board"].occupy.remote(trial, ray.util.get_current_placement_group())
+        return loop(job)
+
+    return work
+
+
+def free_group(group: Any) -> None:
+    """Give back what the workers of a dead controller occupied, and end them: Ray Train's own
+    cleaner cannot, where there is no dashboard to ask whether the controller lives."""
     import ray
 
-    group = ray.get(board.group.remote(trial.id))
     if group is not None:
         ray.util.remove_placement_group(group)
 
@@ -107,7 +119,7 @@ def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequen
         "cpus": resources.cpus_per_worker,
     }
     return TorchTrainer(
-        loop,
+        _placed(loop, trial.id),
         train_loop_config=job,
         torch_config=LoopbackConfig() if plan.address is None else TorchConfig(),
         scaling_config=ray.train.ScalingConfig(

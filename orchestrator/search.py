@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.jobs import Foreman, Loop, failure_text, fit, result_on_disk
+from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
 from orchestrator.records import finished_elsewhere, take_over
@@ -174,6 +174,8 @@ class Searcher(Foreman):
         else:
             self.ledger.end(tune_id, "finished")
         if entry is not None and self.ledger.first(entry.trial) is entry:
+            if entry.state != "finished":
+                free_group(self.group(entry.trial))  # or the next trial would wait for its place
             self.leases.release(entry.trial)
             self.news.append(replace(entry))
 

@@ -68,8 +68,6 @@ def train(job: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     tell = Messenger(job["board"] if rank == 0 else None, trial.id)
-    if rank == 0:
-        job["board"].occupy.remote(trial.id, ray.util.get_current_placement_group())
     folder, world_size = Path(job["folder"]), context.get_world_size()
     with trial_log(folder, rank, world_size):
         training = _Training(trial, rank, world_size, tell, job["board"])
