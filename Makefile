@@ -25,7 +25,7 @@ test: $(READY) lint  ## Run linters, type checker and all tests.
 	$(BIN)/pytest
 
 test-faults: $(READY)  ## Break real trainings; each must end with the same table and weights.
-	$(BIN)/pytest -m faults tests/faults
+	$(BIN)/pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

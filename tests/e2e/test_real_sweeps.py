@@ -124,6 +124,7 @@ def test_a_grid_of_real_trainings_and_the_best_of_it(folder):
     assert rows(folder) == found
 
 
+@pytest.mark.faults
 def test_asha_frees_its_workers_and_a_killed_sweep_goes_on(folder):
     """Five trials in two places, the driver killed in the middle; nothing is trained twice."""
     (folder / "fake.py").write_text(FAKE_TRAINING)
