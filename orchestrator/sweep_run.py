@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,7 @@ from orchestrator.tracking import Recorder, Status, Tracker
 from orchestrator.worker import train
 
 _POLL_SECONDS = 0.25
+_LAST_WORDS_SECONDS = 20.0
 _STATUS: dict[str, Status] = {
     "finished": "FINISHED",
     "stopped": "FINISHED",  # the scheduler's decision, not a failure
@@ -153,6 +155,17 @@ class _SweepRun:
                 over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
                 self._look(searcher)
         ray.get(search)  # raises what Tune itself has raised
+        # Tune's last words on its trials are on their way to the searcher when it returns.
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while self._open_entries() and time.monotonic() < deadline:
+            with self.interrupts.shield():
+                self._look(searcher)
+            time.sleep(_POLL_SECONDS)
+        with self.interrupts.shield():
+            self._look(searcher)
+
+    def _open_entries(self) -> bool:
+        return any(entry.state == "open" for entry in read_ledger(self.sweep.folder))
 
     def _look(self, searcher: Any) -> None:
         """Fetch, show and record what the trials have said."""
