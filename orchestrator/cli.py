@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator import control_cli
+from orchestrator.options import GpusPerWorkerOption, SkipBadOption, WorkersOption
 from orchestrator.remote_cli import cluster_app, job_app, submit_run
 from orchestrator.sweep_cli import sweep
 
@@ -102,12 +103,8 @@ def run(
         typer.Option(help="Folder in COCO layout, or digits, or digits-lvis."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of every arm, as 0,1,2.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Training workers that share each trial's batch.")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each worker; 0 trains on CPUs.")
-    ] = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")
     ] = None,
@@ -115,9 +112,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as lambda_1=0.5."),
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that are broken.")
-    ] = False,
+    skip_bad: SkipBadOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")
     ] = False,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from orchestrator.options import GpusPerWorkerOption, SkipBadOption, WorkersOption
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -50,19 +52,13 @@ def sweep(
     data: Annotated[
         str | None, typer.Option(help="Folder in COCO layout, or digits, or digits-lvis.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Training workers that share each trial's batch.")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each worker; 0 trains on CPUs.")
-    ] = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of all trials, as epochs=4."),
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that are broken.")
-    ] = False,
+    skip_bad: SkipBadOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be searched, and start nothing.")
     ] = False,
