@@ -26,13 +26,31 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class PartialEpoch:
+    """An epoch that was left before its end.
+
+    Attributes:
+        taken: what each of its steps so far has measured, as plain values.
+        learning_rate: of the last of them.
+        cost: of them.
+        generators: every rank's random generators after them, for as many ranks to go on with.
+    """
+
+    taken: list[dict[str, Any]]
+    learning_rate: float
+    cost: Cost
+    generators: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A training after a whole number of epochs, with all that continues or evaluates it.
+    """A training between two steps, with all that continues or evaluates it.
 
     Attributes:
         model, optimizer, schedule: state dicts.
         epoch, step: finished epochs and optimiser steps.
         seed: with the epoch all there is of randomness: every epoch seeds its own generators.
+        partial: what was done of the epoch after those; None between two epochs.
         detector, training, data: the configuration.
         classes: of the data it was trained on, by class number.
         metrics: of the last evaluation, as fractions.
@@ -52,6 +70,7 @@ class Checkpoint:
     classes: Classes
     metrics: dict[str, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
+    partial: PartialEpoch | None = None
     source: str = "this checkpoint"
 
 
@@ -76,6 +95,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         # numpy's numbers are refused when a checkpoint is read.
         "metrics": {name: float(value) for name, value in checkpoint.metrics.items()},
         "cost": asdict(checkpoint.cost),
+        "partial": checkpoint.partial and asdict(checkpoint.partial),
     }
     partial = path.with_name(path.name + ".partial")
     try:
@@ -123,6 +143,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content[key] = parse(config, content[key], f"{path}: {key}")
     content["classes"] = Classes(**content["classes"])
     content["cost"] = Cost(**content["cost"])
+    if (partial := content.get("partial")) is not None:
+        content["partial"] = PartialEpoch(**{**partial, "cost": Cost(**partial["cost"])})
     return Checkpoint(**content, source=str(path))
 
 

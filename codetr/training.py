@@ -7,18 +7,13 @@ starts the workers: it is enough that they share an initialised process group, o
 
 from __future__ import annotations
 
-import math
 import os
-import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from codetr.checkpoint import Checkpoint, CheckpointError, without_download
+from codetr.checkpoint import Checkpoint, CheckpointError, PartialEpoch, without_download
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.cost import Cost, CostMeter
 from codetr.data import Classes, CocoDataset
@@ -39,10 +34,17 @@ from codetr.distributed import (
     gather_on_rank_zero,
     rank,
     world_size,
-    world_sum,
 )
 from codetr.inference import detect
+from codetr.progress import EpochReport, Progress, StepReport, StepValues
 from codetr.queries.selection import QUERY
+from codetr.randomness import (
+    EPOCH,
+    INITIALISATION,
+    generator_states,
+    restore_generators,
+    seed_everything,
+)
 from codetr.structures import Detections, ImageBatch, LossOutput, Targets
 
 if TYPE_CHECKING:
@@ -79,18 +81,7 @@ class NonFiniteLoss(RuntimeError):  # noqa: N818 - says what happened, as StopIt
         )
 
 
-# ---------------------------------------------------------------------- randomness, threads, ranks
-
-INITIALISATION, EPOCH = 0, 1
-"""Streams of randomness: the initial weights; what an epoch draws, by epoch and rank."""
-
-
-def seed_everything(seed: int, *stream: int) -> None:
-    """Seed Python's, numpy's and torch's global generators; streams are independent."""
-    words = np.random.SeedSequence((seed, *stream)).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+# ----------------------------------------------------------------------------------- threads, ranks
 
 
 def limit_threads(processes: int = 1, cores: int | None = None) -> int:
@@ -190,7 +181,10 @@ class TrainingState:
         parallel: what to call in training: the model, or DDP around it.
         seed: the generators are seeded anew for each (seed, epoch, rank), so seed and epoch are
             the whole state of randomness between epochs, for any number of workers.
+        parts: in which each rank computes its share of a batch (``training.accumulate``, or more
+            where fewer ranks share it).
         epoch: epochs finished.
+        partial: what was done of the epoch after those.
         cost: of all of them and of their evaluations.
         metrics: of the last evaluation.
     """
@@ -203,7 +197,9 @@ class TrainingState:
     data: DataConfig
     classes: Classes
     seed: int
+    parts: int = 1
     epoch: int = 0
+    partial: PartialEpoch | None = None
     cost: Cost = field(default_factory=Cost)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -232,6 +228,7 @@ class TrainingState:
             data=data,
             classes=classes,
             seed=seed,
+            parts=training.accumulate,
         )
 
     @property
@@ -242,6 +239,11 @@ class TrainingState:
     def step(self) -> int:
         """Optimiser steps taken."""
         return self.schedule.last_epoch
+
+    @property
+    def taken(self) -> int:
+        """How many of them belong to an epoch that is not finished."""
+        return len(self.partial.taken) if self.partial else 0
 
     def checkpoint(self) -> Checkpoint:
         """What a training continues from. Equal on all ranks; one of them should save it."""
@@ -258,6 +260,7 @@ class TrainingState:
             classes=self.classes,
             metrics=self.metrics,
             cost=self.cost,
+            partial=self.partial,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -272,6 +275,7 @@ class TrainingState:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.schedule.load_state_dict(checkpoint.schedule)
         self.epoch, self.metrics, self.cost = checkpoint.epoch, checkpoint.metrics, checkpoint.cost
+        self.partial = checkpoint.partial
 
     def _require_same_training(self, checkpoint: Checkpoint) -> None:
         checkpoint.classes.require_same(self.classes, checkpoint.source, "the training data")
@@ -289,74 +293,34 @@ class TrainingState:
 # ------------------------------------------------------------------------------------------- epoch
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """A step just taken; epochs and steps count from 1.
-
-    Attributes:
-        loss: the total of equation 6, mean over the ranks.
-        images_per_second: of all ranks, smoothed over the last steps.
-        seconds_left: of the training, without its evaluations.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    images_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """An epoch of training; means are over its steps and all ranks.
-
-    Attributes:
-        losses: mean of each unweighted loss term.
-        statistics: mean of each of the detector's statistics.
-        total: mean of equation 6.
-        gradient_norm: mean before clipping.
-        learning_rate: of the last step, without multiplier.
-    """
-
-    epoch: int
-    steps: int
-    images: int
-    losses: dict[str, float]
-    statistics: dict[str, float]
-    total: float
-    gradient_norm: float
-    learning_rate: float
-    cost: Cost
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self.cost.seconds / self.steps
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.cost.seconds
-
-
 def train_epoch(
-    state: TrainingState, loader: Loader, on_step: Callable[[StepReport], None] | None = None
-) -> EpochReport:
-    """Train for one epoch and advance the state.
+    state: TrainingState,
+    loader: Loader,
+    on_step: Callable[[StepReport], None] | None = None,
+    leave: Callable[[int], bool] | None = None,
+) -> EpochReport | None:
+    """Train for one epoch, or for what is left of it, and advance the state.
 
     Args:
         state: on every rank the same.
-        loader: this rank's share of each global batch.
+        loader: this rank's share of each global batch that has not been taken yet (of those after
+            ``state.taken``).
         on_step: called after every step.
+        leave: asked after every step but the epoch's last, which it gets counted from 1, whether to
+            leave the epoch there; must answer the same on all ranks.
+
+    Returns:
+        None where the epoch was left: ``state.partial`` then holds what was done of it, and the
+        next call goes on after that, to the same weights as if it had not been left.
 
     Raises:
         NonFiniteLoss: on all ranks alike, before the offending step changes a weight.
     """
     epoch, device, config = state.epoch + 1, state.device, state.training
-    seed_everything(state.seed, EPOCH, epoch, rank())
+    _seed_epoch(state)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
-    meter, progress = CostMeter(device), _Progress(epoch, config.epochs, len(loader))
+    steps = state.taken + len(loader)
+    meter, progress = CostMeter(device), Progress(epoch, config.epochs, steps, state.partial)
     state.parallel.train()
 
     for batch, targets in _on_device(loader, device):
@@ -365,7 +329,7 @@ def train_epoch(
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
 
         # One communication beside DDP's and one copy to the host, once all work is queued.
-        values = _StepValues.over_ranks(output, norm, len(batch))
+        values = StepValues.over_ranks(output, norm, len(batch))
         if not values.finite:
             raise _not_finite(state, output, targets, epoch, progress.step + 1)
         clip_grads_with_norm_(parameters, config.clip_norm, norm)
@@ -375,18 +339,33 @@ def train_epoch(
         report = progress.advance(values, learning_rate)
         if on_step:
             on_step(report)
+        if leave and progress.step < steps and leave(progress.step):
+            generators = gather(generator_states(device))
+            state.partial = progress.partial(meter.read(), generators)
+            return None
 
     _broadcast_buffers(state.model)
     epoch_report = progress.summary(meter.read())
-    state.epoch, state.cost = epoch, state.cost + epoch_report.cost
+    state.epoch, state.cost, state.partial = epoch, state.cost + epoch_report.cost, None
     return epoch_report
+
+
+def _seed_epoch(state: TrainingState) -> None:
+    """Seed the generators for an epoch, or have them go on within it."""
+    stream = (EPOCH, state.epoch + 1, rank())
+    if state.partial is None:
+        seed_everything(state.seed, *stream)
+    elif len(state.partial.generators) == world_size():
+        restore_generators(state.partial.generators[rank()], state.device)
+    else:  # as good as any: other ranks draw for other images
+        seed_everything(state.seed, *stream, state.taken)
 
 
 def compute_gradients(
     state: TrainingState, batch: ImageBatch, targets: list[Targets]
 ) -> LossOutput:
     """The losses of this rank's share of a batch; their gradients are added to the parameters'."""
-    parts = _parts(batch, targets, state.training.accumulate)
+    parts = _parts(batch, targets, state.parts)
     if len(parts) == 1:
         return _backward(state, parts[0])
     counts = PartCounts()
@@ -450,86 +429,6 @@ def _on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
     for batch, targets in loader:
         moved = [image_targets.to(device, non_blocking=True) for image_targets in targets]
         yield batch.to(device, non_blocking=True), moved
-
-
-@dataclass(frozen=True)
-class _StepValues:
-    """A step's numbers, means over the ranks; ``images`` is their sum."""
-
-    total: float
-    gradient_norm: float
-    images: int
-    losses: dict[str, float]
-    statistics: dict[str, float]
-
-    @classmethod
-    def over_ranks(cls, output: LossOutput, norm: Tensor, images: int) -> Self:
-        named = output.losses | output.statistics
-        scalars = [output.total, norm, norm.new_full((), images), *named.values()]
-        stacked = torch.stack([scalar.detach().float() for scalar in scalars])
-        total, norm_, images_, *rest = (world_sum(stacked) / world_size()).tolist()
-        values = dict(zip(named, rest, strict=True))
-        return cls(
-            total=total,
-            gradient_norm=norm_,
-            images=round(images_ * world_size()),
-            losses={name: values[name] for name in output.losses},
-            statistics={name: values[name] for name in output.statistics},
-        )
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.total, self.gradient_norm, *self.losses.values())))
-
-
-class _Progress:
-    """Keeps an epoch's numbers and makes its reports."""
-
-    def __init__(self, epoch: int, epochs: int, steps: int) -> None:
-        self.epoch, self.epochs, self.steps = epoch, epochs, steps
-        self.taken: list[_StepValues] = []
-        self.learning_rate = 0.0
-        self._last, self._pace = time.perf_counter(), 0.0
-
-    @property
-    def step(self) -> int:
-        return len(self.taken)
-
-    def advance(self, values: _StepValues, learning_rate: float) -> StepReport:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        # Smoothed over about ten steps.
-        self._pace = 0.9 * self._pace + 0.1 * seconds if self.taken else seconds
-        self.taken.append(values)
-        self.learning_rate = learning_rate
-        steps_left = (self.epochs - self.epoch + 1) * self.steps - self.step
-        return StepReport(
-            epoch=self.epoch,
-            epochs=self.epochs,
-            step=self.step,
-            steps=self.steps,
-            loss=values.total,
-            learning_rate=learning_rate,
-            images_per_second=values.images / self._pace,
-            seconds_left=steps_left * self._pace,
-        )
-
-    def summary(self, cost: Cost) -> EpochReport:
-        return EpochReport(
-            epoch=self.epoch,
-            steps=self.step,
-            images=sum(values.images for values in self.taken),
-            losses=_means([values.losses for values in self.taken]),
-            statistics=_means([values.statistics for values in self.taken]),
-            total=fmean(values.total for values in self.taken),
-            gradient_norm=fmean(values.gradient_norm for values in self.taken),
-            learning_rate=self.learning_rate,
-            cost=cost,
-        )
-
-
-def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: fmean(row[name] for row in rows) for name in rows[0]}
 
 
 def _not_finite(

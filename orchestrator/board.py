@@ -59,19 +59,28 @@ History = list[Epoch]
 
 @dataclass
 class Board:
-    """The latest progress of every trial, the reports not yet fetched, in how many parts each trial
-    computes its batches, and the placement group that its workers occupy."""
+    """The latest progress of every trial, the reports not yet fetched, the last step that is in
+    safety, in how many parts each trial computes its batches, and the placement group that its
+    workers occupy."""
 
     progress: dict[str, Progress] = field(default_factory=dict)
     reports: dict[str, History] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
     accumulation: dict[str, int] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
 
     def show(self, trial: str, progress: Progress) -> None:
         self.progress[trial] = progress
 
-    def report(self, trial: str, history: History) -> None:
-        self.reports[trial] = history
+    def report(self, trial: str, news: History, step: int) -> None:
+        """A checkpoint after this step is in safety, and if there is news, an epoch has ended."""
+        self.saved[trial] = step
+        if news:
+            self.reports[trial] = news
+
+    def step(self, trial: str) -> int:
+        """The step of the trial's last checkpoint that was reported here."""
+        return self.saved.get(trial, 0)
 
     def fetch(self) -> tuple[dict[str, Progress], dict[str, History]]:
         """Everything new since the last call."""

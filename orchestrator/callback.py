@@ -14,7 +14,7 @@ from orchestrator.board import Epoch
 class ReportToBoard(UserCallback):  # type: ignore[misc]
     """Passes on every report that Ray Train has accepted, with its checkpoint in safety.
 
-    Called once for each epoch; rank 0 itself would tell of an epoch again after it was repeated.
+    Called once for each; rank 0 itself would tell of an epoch again after it was repeated.
     """
 
     def __init__(self, board: Any, trial: str) -> None:
@@ -26,8 +26,11 @@ class ReportToBoard(UserCallback):  # type: ignore[misc]
         metrics: list[dict[str, Any]],
         checkpoint: Any,  # noqa: ARG002
     ) -> None:
-        history = [Epoch.read(row) for row in metrics[0]["history"]]
-        self.board.report.remote(self.trial, history)
+        last = metrics[0]
+        history = [Epoch.read(row) for row in last["history"]]
+        step = last.get("step", history[-1].step if history else 0)
+        news = [] if last.get("within_epoch") else history
+        self.board.report.remote(self.trial, news, step)
 
     def after_exception(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator import control_cli
-from orchestrator.options import GpusPerWorkerOption, SkipBadOption, WorkersOption
+from orchestrator.options import GpusPerWorkerOption, GraceOption, SkipBadOption, WorkersOption
 from orchestrator.remote_cli import cluster_app, job_app, submit_run
 from orchestrator.sweep_cli import sweep
 
@@ -132,6 +132,7 @@ def run(
         Literal["failed", "all", "none"],
         typer.Option(help="Of what was started before: go on with the failed, all anew, none."),
     ] = "failed",
+    grace: GraceOption = 30.0,
     detach: Annotated[
         bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
     ] = False,
@@ -157,6 +158,7 @@ def run(
         tracking_uri=tracking_uri,
         address=address or None,
         rerun=rerun,
+        grace=grace,
     )
     if options.address is not None and options.address.startswith(("http://", "https://")):
         submit_run(experiment, options, detach=detach, dry_run=dry_run)

@@ -105,13 +105,14 @@ class Cluster:
         resources = self.plan.resources
         nodes = _nodes()
         workers = sum(_fit(node, resources) for node in nodes)
-        fit = workers // resources.workers
-        if fit < 1:
+        if workers < resources.least:
             raise ConfigError(
-                f"one trial needs {resources.workers} worker(s) of {resources.cpus_per_worker} "
+                f"one trial needs {resources.least} worker(s) of {resources.cpus_per_worker} "
                 f"CPUs and {resources.gpus_per_worker:g} GPUs, Ray has room for {workers} "
                 f"({_described(nodes)}): use fewer --workers or --gpus-per-worker"
             )
+        # Where not even one has all that it may have, the others wait until it has.
+        fit = max(1, workers // resources.workers)
         return min(fit, resources.concurrency or fit)
 
     def stop(self, *, keep_logs: bool) -> None:
@@ -151,6 +152,22 @@ def _nodes() -> list[dict[str, float]]:
     nodes = max(there, could, key=_cpus)
     wanted = [{key: node.get(key, 0.0) for key in ("CPU", "GPU")} for node in nodes]
     return [node for node in wanted if any(node.values())]
+
+
+def free_workers(resources: Resources) -> int:
+    """How many workers have room on the cluster at this moment."""
+    from ray._private.state import available_resources_per_node
+
+    nodes = available_resources_per_node().values()
+    return sum(
+        _fit({key: node.get(key, 0.0) for key in ("CPU", "GPU")}, resources) for node in nodes
+    )
+
+
+def bundle(resources: Resources) -> dict[str, float]:
+    """What one worker takes, in Ray's terms."""
+    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    return {"CPU": resources.cpus_per_worker, **gpus}
 
 
 def _cpus(nodes: list[dict[str, float]]) -> float:

@@ -147,10 +147,11 @@ def _resources_text(plan: Plan) -> str:
         device += f" + {resources.gpus_per_worker:g} GPU"
     at_a_time = resources.concurrency
     if at_a_time is None and plan.address is None:
-        at_a_time = local_cpus() // plan.cpus_per_trial
+        at_a_time = max(1, local_cpus() // plan.cpus_per_trial)
     where = f"on the cluster at {plan.address}" if plan.address else "on a Ray started here"
     together = f"{at_a_time} at a time" if at_a_time else "as many at a time as fit"
-    return f"{resources.workers} worker(s) of {device} for each trial, {together}, {where}"
+    workers = f"{resources.least} to " * resources.is_elastic + f"{resources.workers} worker(s)"
+    return f"{workers} of {device} for each trial, {together}, {where}"
 
 
 # --------------------------------------------------------------------------------- while it works

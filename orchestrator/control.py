@@ -99,7 +99,7 @@ def log_file(output: Path, trial: str) -> Path:
 
 
 def stop(output: Path, target: str) -> str:
-    """Have an invocation end in order, or one trial stop after the epoch it is in; says which.
+    """Have an invocation end in order, or one trial save and stop; says which.
 
     Raises:
         ConfigError: nothing of that name is at work.
@@ -114,7 +114,7 @@ def stop(output: Path, target: str) -> str:
         raise ConfigError(f"{label} is {record.state}: nothing to stop")
     record.folder.mkdir(parents=True, exist_ok=True)
     (record.folder / STOP).touch()
-    return f"{label}: {'will not begin' if begins else 'stops after the epoch it is in'}"
+    return f"{label}: {'will not begin' if begins else 'saves and stops'}"
 
 
 def _stop_invocation(folder: Path) -> str:

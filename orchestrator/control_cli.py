@@ -85,7 +85,7 @@ def stop(
     target: Annotated[str, typer.Argument(metavar="NAME|TRIAL", help="What is to stop.")],
     output: OutputOption = Path("runs"),
 ) -> None:
-    """Have a run end in order, as Ctrl-C would, or one trial stop after the epoch it is in."""
+    """Have a run end in order, as Ctrl-C would, or one trial save and stop where it is."""
     from orchestrator import control
 
     print(control.stop(_absolute(output), target))

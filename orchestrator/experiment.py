@@ -6,6 +6,7 @@ the arm's, and ``--set``. What differs between the arms is what the experiment a
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -38,12 +39,47 @@ class Resources(Strict):
     """What one trial takes, and how many run at a time."""
 
     workers: PositiveInt = 1
-    """Ray Train workers of one trial; they share its global batch."""
+    """Ray Train workers of one trial; they share its global batch. ``2-8``: as many of these as
+    there is room for, also while it trains."""
+    least_workers: PositiveInt | None = None
+    """The lower end of such a range; None: exactly ``workers``."""
     cpus_per_worker: PositiveInt = 1
     """Also the worker's number of threads."""
     gpus_per_worker: NonNegativeFloat = 0
     concurrency: PositiveInt | None = None
     """Trials at a time; None: as many as fit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_range(cls, values: Any) -> Any:
+        workers = values.get("workers") if isinstance(values, dict) else None
+        if not isinstance(workers, str):
+            return values
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", workers.strip())
+        if not found or int(found[1]) < 1 or (found[2] and int(found[2]) < int(found[1])):
+            raise ValueError(f"workers: '{workers}' is neither a number, as 2, nor a range, as 2-8")
+        least, most = int(found[1]), int(found[2] or found[1])
+        return {**values, "workers": most, "least_workers": least if least < most else None}
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> Self:
+        if self.least > self.workers:
+            raise ValueError(f"least_workers={self.least} is more than workers={self.workers}")
+        return self
+
+    @property
+    def least(self) -> int:
+        """Workers without which a trial does not start."""
+        return self.least_workers or self.workers
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least < self.workers
+
+    def worker_counts(self, batch_size: int) -> list[int]:
+        """The numbers of workers that the range allows and that share a batch evenly, ascending."""
+        counts = range(self.least, self.workers + 1)
+        return [count for count in counts if batch_size % count == 0]
 
 
 class PaperRows(Strict):

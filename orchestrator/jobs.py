@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.board import Board, Epoch
+from codetr.config import ConfigError
+from orchestrator.board import Board, Epoch, Progress
+from orchestrator.cluster import bundle
+from orchestrator.console import View
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
+from orchestrator.room import Room
+from orchestrator.worker import RESIZED, STOP, STOPPED
 
 Loop = Callable[[dict[str, Any]], str | None]
 """A Ray Train loop: takes and returns what :func:`orchestrator.worker.train` does."""
 
-WORKER_FAILURES, CONTROLLER_FAILURES = 2, 3
-"""So often are a trial's workers started again, or what drives them."""
+ATTEMPTS = 3
+"""So often is a trial started in a row without getting further than the time before."""
+
+_ROOM_POLL_SECONDS, _SAVE_POLL_SECONDS = 1.0, 0.25
 
 KEPT_CHECKPOINTS = 2
 """The best ones; the last is always kept beside them."""
@@ -30,12 +38,44 @@ class Foreman(Board):
     def __init__(self, plan: Plan, loop: Loop) -> None:
         super().__init__()
         self.plan, self.loop = plan, loop
+        self.room = Room(plan.resources)
+        self._listening: set[str] = set()
+        self.leaving = False
 
     def train(self, trial: Trial) -> str | None:
         """Train a trial to its end; returns why it failed, or None."""
         import ray
 
         return fit(self.plan, trial, ray.get_runtime_context().current_actor, self.loop)
+
+    def asked(self, trial: str) -> str:
+        """What the trial's workers, who ask now and then, are to leave their epoch for, if for
+        anything."""
+        self._listening.add(trial)
+        planned = next(t for t in self.plan.trials if t.id == trial)
+        if self.leaving or (self.plan.store / planned.name / STOP).exists():
+            return STOPPED
+        grows = self.room.can_grow(trial, planned.training.batch_size)
+        return RESIZED if grows else ""
+
+    def leave(self) -> int:
+        """Have every trial save and stop where it is; returns how many are still about to: those
+        that have not begun to train have nothing to save."""
+        self.leaving = True
+        return len(self._listening)
+
+    def occupy(self, trial: str, group: Any) -> None:
+        super().occupy(trial, group)
+        self.room.placed(trial)
+
+    def take_room(self, trial: str, batch_size: int) -> int | None:
+        """How many workers the trial may start now; None: it has to wait."""
+        return self.room.take(trial, batch_size)
+
+    def leave_room(self, trial: str) -> None:
+        """The trial has ended."""
+        self._listening.discard(trial)
+        self.room.leave(trial)
 
 
 def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
@@ -49,12 +89,24 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
+def let_save(foreman: Any, grace: float, view: View) -> None:
+    """Have the trials that are at their training save where they are, and wait until they have, for
+    at most ``grace`` seconds."""
+    import ray
+
+    deadline = time.monotonic() + grace
+    while ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0:
+        view.stage("saving", f"{left:.0f} s at most")
+        time.sleep(_SAVE_POLL_SECONDS)
+
+
 def fit(
     plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any] = ()
 ) -> str | None:
     """Train a trial on the running cluster, from its last checkpoint; blocks until it ends.
 
-    Ray Train starts lost workers again; its controller, which does so, is started again here.
+    What is lost on the way, workers, nodes or Ray Train's controller, is started again, with as
+    many workers as there is room for then.
 
     Args:
         callbacks: Ray Train's, beside the one that reports to the board.
@@ -62,21 +114,66 @@ def fit(
     Returns:
         Why it failed; None if it did not.
     """
+    import ray
+
+    try:
+        return _fit(plan, trial, board, loop, callbacks)
+    finally:
+        ray.get(board.leave_room.remote(trial.id))
+
+
+def _fit(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any]) -> str | None:
     import ray.train
 
-    attempts = CONTROLLER_FAILURES + 1
+    attempts, reached = ATTEMPTS, 0
     while True:
-        attempts -= 1
+        workers = _wait_for_room(plan, trial, board)
         try:
-            reason: str | None = _trainer(plan, trial, board, loop, callbacks).fit().return_value
+            trainer = _trainer(plan, trial, board, loop, callbacks=callbacks, workers=workers)
+            reason: str | None = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
-            return failure_text(error)
+            failure: Exception = error
         except ray.exceptions.RayActorError as error:  # Ray Train's controller is gone
             free_group(ray.get(board.group.remote(trial.id)))
-            if not attempts:
-                return failure_text(error)
+            failure = error
         else:
-            return reason
+            if reason != RESIZED:
+                return reason
+            continue
+        if _found_no_room(failure):
+            continue
+        before, reached = reached, ray.get(board.step.remote(trial.id))
+        attempts = ATTEMPTS - 1 if reached > before else attempts - 1
+        if not attempts or _is_final(failure):
+            return failure_text(failure)
+
+
+def _wait_for_room(plan: Plan, trial: Trial, board: Any) -> int:
+    """The number of workers to start with, once as many have room."""
+    import ray
+
+    if not plan.resources.is_elastic:
+        return plan.resources.workers  # Ray waits for their places itself
+    batch_size = trial.training.batch_size
+    while (workers := ray.get(board.take_room.remote(trial.id, batch_size))) is None:
+        board.show.remote(trial.id, Progress("waiting for room"))
+        time.sleep(_ROOM_POLL_SECONDS)
+    return int(workers)
+
+
+def _is_final(failure: Exception) -> bool:
+    """Whether it would be the same the next time: what our own checks refuse."""
+    from codetr.checkpoint import CheckpointError
+    from codetr.data import DataError
+
+    return isinstance(_cause(failure), ConfigError | DataError | CheckpointError)
+
+
+def _found_no_room(failure: Exception) -> bool:
+    """Whether Ray has given up waiting for a place for every worker."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(failure, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def _placed(loop: Loop, trial: str) -> Loop:
@@ -101,7 +198,9 @@ def free_group(group: Any) -> None:
         ray.util.remove_placement_group(group)
 
 
-def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any]) -> Any:
+def _trainer(
+    plan: Plan, trial: Trial, board: Any, loop: Loop, *, callbacks: Sequence[Any], workers: int
+) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -109,23 +208,21 @@ def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequen
     from orchestrator.loopback import LoopbackConfig
 
     resources = plan.resources
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
     job = {
         "trial": trial.model_dump(mode="json"),
         "folder": str(plan.store / trial.name),
         "board": board,
         "cpus": resources.cpus_per_worker,
+        "full_strength": resources.workers,
     }
     return TorchTrainer(
         _placed(loop, trial.id),
         train_loop_config=job,
         torch_config=LoopbackConfig() if plan.address is None else TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=per_worker,
+            resources_per_worker=bundle(resources),
         ),
         run_config=ray.train.RunConfig(
             name=trial.name,
@@ -133,8 +230,9 @@ def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequen
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute="AP"
             ),
+            # None of them is Ray's to mend: see fit.
             failure_config=ray.train.FailureConfig(
-                max_failures=WORKER_FAILURES, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
             callbacks=[ReportToBoard(board, trial.id), *callbacks],
         ),
@@ -143,11 +241,16 @@ def _trainer(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequen
 
 def failure_text(error: Any) -> str:
     """The first worker's error in a line, without Ray's traceback of every process."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause = next(iter(failures.values()), error)
-    cause = getattr(cause, "cause", None) or cause.__cause__ or cause
+    cause = _cause(error)
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _cause(error: Any) -> Any:
+    """What the first worker that failed has raised."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), error)
+    return getattr(cause, "cause", None) or cause.__cause__ or cause
 
 
 def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:

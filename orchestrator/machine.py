@@ -42,7 +42,10 @@ def fitted(resources: Resources, batch_sizes: Collection[int]) -> Resources:
         default=1,
     )
     each = max(1, min(resources.cpus_per_worker, cpus // workers))
-    return resources.model_copy(update={"workers": workers, "cpus_per_worker": each})
+    least = min(resources.least, workers) if resources.least_workers else None
+    return resources.model_copy(
+        update={"workers": workers, "least_workers": least, "cpus_per_worker": each}
+    )
 
 
 def require_room(resources: Resources) -> None:
@@ -55,9 +58,9 @@ def require_room(resources: Resources) -> None:
         ("CPU", resources.cpus_per_worker, local_cpus()),
         ("GPU", resources.gpus_per_worker, local_gpus()),
     ):
-        if resources.workers * each > there:
+        if resources.least * each > there:
             raise ConfigError(
-                f"one trial needs {resources.workers * each:g} {what}(s) for {resources.workers} "
+                f"one trial needs {resources.least * each:g} {what}(s) for {resources.least} "
                 f"worker(s), this machine has {there}: use fewer --workers, --gpus-per-worker 0 "
                 "for CPUs alone, or a cluster by --address"
             )

@@ -7,10 +7,18 @@ from typing import Annotated
 import typer
 
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Training workers that share each trial's batch.")
+    str | None,
+    typer.Option(
+        metavar="N|MIN-MAX",
+        help="Training workers that share each trial's batch; 2-8: as many as have room.",
+    ),
 ]
 GpusPerWorkerOption = Annotated[
     float | None, typer.Option(min=0, help="GPUs of each worker; 0 trains on CPUs.")
+]
+GraceOption = Annotated[
+    float,
+    typer.Option(min=0, help="Seconds to save in, within the epoch, when asked to end."),
 ]
 SkipBadOption = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out images that are broken.")

@@ -104,7 +104,7 @@ class Options:
     profile: ProfileName | None = None
     data: str | None = None
     seeds: tuple[int, ...] | None = None
-    workers: int | None = None
+    workers: int | str | None = None
     gpus_per_worker: float | None = None
     concurrency: int | None = None
     settings: tuple[str, ...] = ()
@@ -114,6 +114,8 @@ class Options:
     tracking_uri: str | None = None
     address: str | None = None
     rerun: Rerun = "failed"
+    grace: float = 30.0
+    """Seconds that trials under way have to save when the run is asked to end."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,10 @@ def _resources(profile: Profile, options: Options, trials: tuple[Trial, ...]) ->
         "concurrency": options.concurrency,
     }
     changed = {key: value for key, value in given.items() if value is not None}
-    resources = parse(Resources, {**profile.resources.model_dump(), **changed}, "resources")
+    before = profile.resources.model_dump()
+    if options.workers is not None:
+        del before["least_workers"]  # a range of the profile's
+    resources = parse(Resources, {**before, **changed}, "resources (--workers, …)")
     batch_sizes = {trial.training.batch_size for trial in trials}
     if options.address is None:
         if options.workers is None:

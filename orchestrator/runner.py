@@ -20,7 +20,7 @@ from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop, failure_text, result_on_disk, start_foreman
+from orchestrator.jobs import Loop, failure_text, let_save, result_on_disk, start_foreman
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
 from orchestrator.records import (
@@ -283,6 +283,17 @@ class _Run:
         # The longest first, or it would end up alone: heads cost time.
         waiting = deque(sorted(trials, key=lambda trial: -trial.detector.k))
         running: dict[Any, Trial] = {}
+        try:
+            self._work_off(waiting, running, foreman, slots)
+        except Interrupted:
+            with self.interrupts.shield():
+                let_save(foreman, self.plan.options.grace, self.view)
+                self._look(foreman)
+            raise
+
+    def _work_off(
+        self, waiting: deque[Trial], running: dict[Any, Trial], foreman: Any, slots: int
+    ) -> None:
         elsewhere = _Elsewhere()
         while waiting or running or elsewhere.trials:
             with self.interrupts.shield():

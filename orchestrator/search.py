@@ -22,6 +22,7 @@ from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
+from orchestrator.worker import STOPPED
 
 LEDGER = "suggestions.json"
 """In the sweep's folder: every suggestion that Tune has made, and what came of it."""
@@ -148,6 +149,9 @@ class Searcher(Foreman):
             self.plan = replace(self.plan, trials=(*self.plan.trials, trial))
             self.news.append(replace(self.ledger.entries[tune_id]))
         return mine
+
+    def is_leaving(self) -> bool:
+        return self.leaving
 
     def acquire(self, trial: str) -> bool:
         """Take the trial's lease; False while another invocation trains it."""
@@ -300,6 +304,8 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
         trial = sweep.trial(suggestion)
         if ray.get(searcher.claim.remote(tune_id, suggestion, trial)):
             reason = _train(sweep, trial, searcher, loop)
+            if reason == STOPPED and ray.get(searcher.is_leaving.remote()):
+                threading.Event().wait()  # for the end of all: what is reported now would count
             if reason is not None:
                 ray.get(searcher.failed.remote(tune_id, reason))
                 raise RuntimeError(reason)
@@ -359,6 +365,8 @@ def _report_to_tune(metric: str, epochs: int) -> Any:
             metrics: list[dict[str, Any]],
             checkpoint: Any,  # noqa: ARG002 - its path is no concern of Tune's
         ) -> None:
+            if metrics[0].get("within_epoch"):
+                return
             last = metrics[0]["history"][-1]
             value = last["values"].get(f"val/{metric}")
             if value is not None and last["epoch"] < epochs:

@@ -55,11 +55,13 @@ class Submission:
         tree: the folder that is uploaded, and in which the job runs.
         command: the words of the job's command line.
         big: files that stay here for their size, relative to the tree.
+        grace: seconds that the job's trials have to save when it is stopped.
     """
 
     tree: Path
     command: tuple[str, ...]
     big: tuple[str, ...]
+    grace: float
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -68,8 +70,8 @@ class Submission:
         return {
             "working_dir": str(self.tree),
             "excludes": excludes,
-            # A stopped run ends its MLflow runs and writes its tables; Ray's 3 s are too few.
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
+            # A stopped run then ends its MLflow runs and writes its tables; Ray's 3 s are too few.
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{self.grace + 60:.0f}"},
         }
 
 
@@ -104,7 +106,8 @@ def make_submission(tree: Path, words: list[str], experiment: str, options: Opti
             "password in the environment of the cluster instead (MLFLOW_TRACKING_USERNAME, "
             "MLFLOW_TRACKING_PASSWORD)"
         )
-    return Submission(tree, ("codetr", *_without_address(words)), tuple(_big_files(tree)))
+    command = ("codetr", *_without_address(words))
+    return Submission(tree, command, tuple(_big_files(tree)), options.grace)
 
 
 def _without_address(words: list[str]) -> Iterator[str]:

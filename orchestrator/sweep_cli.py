@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.options import GpusPerWorkerOption, SkipBadOption, WorkersOption
+from orchestrator.options import GpusPerWorkerOption, GraceOption, SkipBadOption, WorkersOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,7 @@ def sweep(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
     ] = None,
+    grace: GraceOption = 30.0,
 ) -> None:
     """Search settings with Ray Tune, and rank what was tried.
 
@@ -105,6 +106,7 @@ def sweep(
         output=output,
         tracking_uri=tracking_uri,
         address=address or None,
+        grace=grace,
     )
     planned = make_sweep(
         name,

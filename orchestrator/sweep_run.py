@@ -13,7 +13,7 @@ from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop
+from orchestrator.jobs import Loop, let_save
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
 from orchestrator.records import note, run_lease
@@ -150,10 +150,16 @@ class _SweepRun:
             f"searching {self.sweep.count} suggestions ({search_text}), {self.slots} at a time"
         )
         over = False
-        while not over:
+        try:
+            while not over:
+                with self.interrupts.shield():
+                    over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
+                    self._look(searcher)
+        except Interrupted:
             with self.interrupts.shield():
-                over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
+                let_save(searcher, self.sweep.plan.options.grace, self.view)
                 self._look(searcher)
+            raise
         ray.get(search)  # raises what Tune itself has raised
         # Tune's last words on its trials are on their way to the searcher when it returns.
         deadline = time.monotonic() + _LAST_WORDS_SECONDS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,13 +22,23 @@ from orchestrator.trial_log import log, trial_log
 
 if TYPE_CHECKING:
     from codetr.cost import Cost, ParameterCount
-    from codetr.training import EpochReport, Evaluation, StepReport, TrainingState
+    from codetr.progress import EpochReport, StepReport
+    from codetr.training import Evaluation, TrainingState
 
-HISTORY, PREDICTIONS, PER_CLASS = "history.json", "predictions.json", "per_class.json"
-"""Beside the detector's own file in each checkpoint."""
+HISTORY, NOTES = "history.json", "notes.json"
+PREDICTIONS, PER_CLASS = "predictions.json", "per_class.json"
+"""Beside the detector's own file in each checkpoint; the notes are those of no epoch yet."""
 
-STOP, STOPPED = "stop", "stopped as asked"
-"""File in a trial's folder that asks it to stop after its epoch; what it returns then."""
+STOP, STOPPED, RESIZED = "stop", "stopped as asked", "resized"
+"""File in a trial's folder that asks it to stop; what a trial returns that has stopped, or that
+shall go on with another number of workers."""
+
+_SAVE = "save"
+_WISHES = ("", _SAVE, RESIZED, STOPPED)
+"""What may be asked of a trial, the strongest last."""
+
+_ASK_SECONDS, _AGREE_STEPS = 1.0, 5
+"""So often rank 0 asks what is wanted of the trial; after so many steps the ranks agree on it."""
 
 _QUIET_SECONDS = 0.5
 """At least so long between two messages about progress."""
@@ -49,15 +60,54 @@ class Messenger:
         self.board.show.remote(self.trial, progress)
 
 
+class Wishes:
+    """What is asked of this trial: rank 0 asks the board now and then, and waits for no answer."""
+
+    def __init__(self, board: Any, trial: str) -> None:
+        self.board, self.trial = board, trial
+        self._asked = 0.0
+        self._answer: Any = None
+        self._notice: Any = None
+
+    def latest(self) -> str:
+        """What this rank knows, one of ``_WISHES``."""
+        return max(self._of_board(), self._of_node(), key=_WISHES.index)
+
+    def _of_board(self) -> str:
+        import ray
+
+        if self.board is None:
+            return ""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            answer, self._answer = ray.get(self._answer), None
+            if answer:
+                return str(answer)
+        if self._answer is None and time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked = time.monotonic()
+            self._answer = self.board.asked.remote(self.trial)
+        return ""
+
+    def _of_node(self) -> str:
+        """Ray has been told that one of the workers' nodes is going to be taken away."""
+        import ray.train
+
+        notice = ray.train.get_preemption_info()
+        if notice == self._notice:
+            return ""
+        self._notice = notice
+        return _SAVE
+
+
 def train(job: dict[str, Any]) -> str | None:
     """Ray Train's training loop: train ``job["trial"]`` to its end, from its last checkpoint.
 
     Args:
         job: ``trial`` as plain values, ``folder`` of its files, ``board`` as actor handle, ``cpus``
-            of each worker.
+            of each worker, ``full_strength``: the number of workers that there are at most.
 
     Returns:
-        Why the trial ended without success, where trying again would end the same; else None.
+        Why the trial ended without success, where trying again would end the same; STOPPED or
+        RESIZED if it was asked to; else None.
     """
     import ray.train
 
@@ -70,12 +120,12 @@ def train(job: dict[str, Any]) -> str | None:
     tell = Messenger(job["board"] if rank == 0 else None, trial.id)
     folder, world_size = Path(job["folder"]), context.get_world_size()
     with trial_log(folder, rank, world_size):
-        training = _Training(trial, rank, world_size, tell, job["board"])
+        training = _Training(trial, rank, world_size, tell, job)
         try:
             while training.state.epoch < trial.training.epochs:
-                training.report(training.epoch())
-                if training.is_asked_to_stop(folder):
-                    return STOPPED
+                wish = training.epoch()
+                if wish in (RESIZED, STOPPED):
+                    return wish
         except NonFiniteLoss as error:
             # Raised on all ranks alike. Not raised further: Ray would try again, to the same end.
             log.error("%s", error)
@@ -87,12 +137,14 @@ class _Training:
     """A trial on one rank: its data, its state, and its history."""
 
     def __init__(
-        self, trial: Trial, rank: int, world_size: int, tell: Messenger, board: Any
+        self, trial: Trial, rank: int, world_size: int, tell: Messenger, job: dict[str, Any]
     ) -> None:
         from codetr.cost import ParameterCount
         from codetr.data import build_loader, open_dataset
 
-        self.trial, self.rank, self.tell = trial, rank, tell
+        self.trial, self.rank, self.world_size, self.tell = trial, rank, world_size, tell
+        self.wishes = Wishes(job["board"] if rank == 0 else None, trial.id)
+        self.wish = ""
         tell(Progress("opening data"))
         self.train_set = open_dataset(trial.data, "train", seed=trial.seed)
         self.val_set = open_dataset(trial.data, "val", seed=trial.seed)
@@ -107,11 +159,12 @@ class _Training:
         tell(Progress("building"))
         self.history: History = []
         self.notes: list[str] = []
-        self.state = self._start_or_resume(board)
+        self.state = self._start_or_resume()
+        self._share_out(job["board"], job["full_strength"])
         self.parameters = ParameterCount.of(self.state.model)
         self.evaluation_seconds = 0.0
 
-    def _start_or_resume(self, board: Any) -> TrainingState:
+    def _start_or_resume(self) -> TrainingState:
         import ray.train
         from ray.train.torch import get_device
 
@@ -132,33 +185,84 @@ class _Training:
             steps_per_epoch=len(self.train_set) // trial.training.batch_size,
             device=get_device(),
         )
-        before = trial.training.accumulate
         if saved:
             checkpoint = load_checkpoint(saved)
             state.restore(checkpoint)
+            parts = max(trial.training.accumulate, checkpoint.training.accumulate)
+            state.training = trial.training.model_copy(update={"accumulate": parts})
             self.history = read_history(saved)
-            before = max(before, checkpoint.training.accumulate)
-        parts = ray.get(board.parts.remote(trial.id, before))
-        if parts > before:
-            self.notes.append(
-                f"out of memory: from epoch {state.epoch + 1} on each worker computes its share of "
-                f"a batch in {parts} parts (accumulate={parts}); the global batch is the same"
-            )
-        state.training = trial.training.model_copy(update={"accumulate": parts})
+            self.notes += read_notes(saved)
         return state
 
-    def epoch(self) -> Evaluation | None:
-        """Train for an epoch, evaluate if it is time to, and note what was measured."""
-        from codetr.training import evaluate, train_epoch
+    def _share_out(self, board: Any, full_strength: int) -> None:
+        """Compute in more parts after memory was too small, and where there are fewer workers than
+        there may be: each then computes as many images at a time as at full strength."""
+        import ray
 
-        state, config = self.state, self.trial.training
-        epoch = state.epoch + 1
-        loader = self.build_loader(self.train_set, training=True, epoch=epoch)
-        report = train_epoch(state, loader, on_step=self._show_step)
+        state = self.state
+        before = state.training.accumulate
+        parts = ray.get(board.parts.remote(self.trial.id, before))
+        if parts > before:
+            self.notes.append(
+                f"out of memory: from {self._place} on each worker computes its share of a batch "
+                f"in {parts} parts (accumulate={parts}); the global batch is the same"
+            )
+        state.training = state.training.model_copy(update={"accumulate": parts})
+        state.parts = math.ceil(parts * full_strength / self.world_size)
+        if self.world_size < full_strength:
+            self.notes.append(
+                f"from {self._place} on {self.world_size} of {full_strength} workers, in "
+                f"{state.parts} part(s) of their shares; the global batch is the same"
+            )
+
+    @property
+    def _place(self) -> str:
+        """Where the training is, for a note."""
+        state = self.state
+        within = f", step {state.taken + 1}," if state.taken else ""
+        return f"epoch {state.epoch + 1}{within}"
+
+    def epoch(self) -> str:
+        """Train for an epoch, or for the rest of one, evaluate if it is time to, and report; or
+        leave it where that is wanted, and save.
+
+        Returns:
+            What is wanted of the trial now, one of ``_WISHES``.
+        """
+        from codetr.training import train_epoch
+
+        state = self.state
+        loader = self.build_loader(
+            self.train_set, training=True, epoch=state.epoch + 1, taken=state.taken
+        )
+        report = train_epoch(state, loader, on_step=self._show_step, leave=self._leave)
+        if report is None:
+            log.info("left %s, to %s", self._place, self.wish)
+            self._report(None)
+            return self.wish
+        self._report(self._evaluate_and_note(report))
+        return self._agree() if state.epoch < self.trial.training.epochs else ""
+
+    def _leave(self, step: int) -> bool:
+        return step % _AGREE_STEPS == 0 and self._agree() != ""
+
+    def _agree(self) -> str:
+        """The strongest wish that any rank knows of; all ranks must ask."""
+        from codetr.distributed import world_max
+
+        strongest = world_max(_WISHES.index(self.wishes.latest()), self.state.device)
+        self.wish = _WISHES[strongest]
+        return self.wish
+
+    def _evaluate_and_note(self, report: EpochReport) -> Evaluation | None:
+        """Evaluate the epoch just trained if it is time to, and note what was measured."""
+        from codetr.training import evaluate
+
+        state, config, epoch = self.state, self.trial.training, report.epoch
         values = _training_values(report)
         evaluation = None
         if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-            self.tell(Progress("evaluating", epoch, len(loader)))
+            self.tell(Progress("evaluating", epoch, report.steps))
             val_loader = self.build_loader(self.val_set, training=False)
             evaluation = evaluate(state.model, val_loader, self.val_set, self.trial.data.engine)
             state.metrics = evaluation.metrics.summary
@@ -184,38 +288,29 @@ class _Training:
         )
         self.tell(progress, always=False)
 
-    def report(self, evaluation: Evaluation | None) -> None:
-        """Give Ray Train the epoch's metrics, and from rank 0 the checkpoint; all ranks must."""
+    def _report(self, evaluation: Evaluation | None) -> None:
+        """Give Ray Train what was measured, and from rank 0 the checkpoint; all ranks must."""
         import ray.train
 
-        values = self.history[-1].values
-        metrics: dict[str, Any] = {"epoch": self.state.epoch}
+        state = self.state
+        metrics: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
+        metrics["within_epoch"] = state.taken > 0
         metrics["history"] = [asdict(epoch) for epoch in self.history]
-        if "val/AP" in values:
-            metrics["AP"] = values["val/AP"]  # ranks the checkpoints
+        if evaluation is not None and "val/AP" in self.history[-1].values:
+            metrics["AP"] = state.metrics["AP"]  # ranks the checkpoints
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        self.tell(Progress("saving", self.state.epoch, self.trial.steps_per_epoch))
+        self.tell(Progress("saving", state.epoch, self.trial.steps_per_epoch))
         # In the worker's own folder, which ends with Ray's session if Ray cannot remove it before.
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=Path.cwd()))
         self._save(folder, evaluation)
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"epoch-{self.state.epoch:04d}-{folder.name[-8:]}",
+            checkpoint_dir_name=checkpoint_name(state.epoch, state.step, folder.name[-8:]),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
-
-    def is_asked_to_stop(self, folder: Path) -> bool:
-        """Whether ``codetr stop`` has; all ranks must ask, and get the same answer."""
-        from ray.train.torch import get_device
-
-        from codetr.distributed import world_max
-
-        if self.state.epoch == self.trial.training.epochs:
-            return False
-        return bool(world_max(int((folder / STOP).exists()), get_device()))
 
     def _save(self, folder: Path, evaluation: Evaluation | None) -> None:
         from codetr.checkpoint import FILE_NAME, save_checkpoint
@@ -223,6 +318,7 @@ class _Training:
 
         save_checkpoint(self.state.checkpoint(), folder / FILE_NAME)
         (folder / HISTORY).write_text(json.dumps([asdict(epoch) for epoch in self.history]))
+        (folder / NOTES).write_text(json.dumps(self.notes))
         if evaluation is not None:
             results = to_coco_results(evaluation.detections, self.val_set.classes)
             (folder / PREDICTIONS).write_text(json.dumps(results))
@@ -268,6 +364,16 @@ def _cost_values(cost: Cost, parameters: ParameterCount) -> dict[str, float]:
     }
 
 
+def checkpoint_name(epoch: int, step: int, suffix: str) -> str:
+    """A checkpoint's folder: sorted by name, the last is the newest.
+
+    Args:
+        epoch, step: finished.
+        suffix: tells it from another attempt's.
+    """
+    return f"epoch-{epoch:04d}-step-{step:08d}-{suffix}"
+
+
 def newest_sound(reported: Path | None) -> tuple[Path | None, str | None]:
     """The last checkpoint's folder, or, if it is damaged, the newest before it that is not.
 
@@ -281,12 +387,13 @@ def newest_sound(reported: Path | None) -> tuple[Path | None, str | None]:
 
     if reported is None:
         return None, None
-    older = [p for p in reported.parent.glob("epoch-*") if _epoch_of(p) < _epoch_of(reported)]
+    older = [p for p in reported.parent.glob("epoch-*") if _place_of(p) < _place_of(reported)]
     found, problems = None, []
-    for folder in [reported, *sorted(older, key=_epoch_of, reverse=True)]:
+    for folder in [reported, *sorted(older, key=_place_of, reverse=True)]:
         try:
             load_checkpoint(folder)
             read_history(folder)
+            read_notes(folder)
         except (CheckpointError, OSError, ValueError) as error:
             problems.append(str(error))
             continue
@@ -294,18 +401,25 @@ def newest_sound(reported: Path | None) -> tuple[Path | None, str | None]:
         break
     if not problems:
         return found, None
-    epoch = _epoch_of(found) if found else 0
+    (epoch, step), (lost_epoch, lost_step) = _place_of(found), _place_of(reported)
     return found, (
-        f"{'; '.join(problems)}. Went on after epoch {epoch}: the work of "
-        f"{_epoch_of(reported) - epoch} epoch(s) was lost and done again"
+        f"{'; '.join(problems)}. Went on after epoch {epoch}, step {step} instead of epoch "
+        f"{lost_epoch}, step {lost_step}: the work between them was lost and done again"
     )
 
 
-def _epoch_of(folder: Path) -> int:
-    """The epoch in the name of a checkpoint's folder."""
-    return int(folder.name.split("-")[1])
+def _place_of(folder: Path | None) -> tuple[int, int]:
+    """The epoch and the step in the name of a checkpoint's folder; the beginning for none."""
+    found = re.match(r"epoch-(\d+)-step-(\d+)", folder.name if folder else "")
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def read_history(folder: Path) -> History:
     """The history that lies in a checkpoint's folder."""
     return [Epoch.read(row) for row in json.loads((folder / HISTORY).read_text())]
+
+
+def read_notes(folder: Path) -> list[str]:
+    """What befell the trial in the epoch that the checkpoint is within."""
+    notes: list[str] = json.loads((folder / NOTES).read_text())
+    return notes

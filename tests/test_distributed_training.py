@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from tiny_training import FASTER_RCNN, start, tiny_batch, tiny_detector, tiny_training
 from torch import distributed, multiprocessing
 
+from codetr.checkpoint import load_checkpoint, save_checkpoint
 from codetr.config import DataConfig
 from codetr.data import build_loader, open_dataset
 from codetr.data.digits import make_digits
@@ -69,12 +71,33 @@ def gradients(accumulate=1):
     return results
 
 
+def three_steps():
+    objects = [[1, 2, 0, 3], [2, 0, 1, 0], [1, 1, 1, 1]]
+    return [share(tiny_batch([4 * s + i for i in range(4)], n)) for s, n in enumerate(objects)]
+
+
 def epoch():
     """Report and weights after an epoch of three steps."""
     state = started(tiny_detector(*K2), learning_rate=1e-4)
-    objects = [[1, 2, 0, 3], [2, 0, 1, 0], [1, 1, 1, 1]]
-    loader = [share(tiny_batch([4 * s + i for i in range(4)], n)) for s, n in enumerate(objects)]
-    report = train_epoch(state, loader)
+    report = train_epoch(state, three_steps())
+    return report, state.model.state_dict()
+
+
+def left_epoch(checkpoint):
+    """The same, left after its first step, and gone on with from the file by another state."""
+    state = started(tiny_detector(*K2), learning_rate=1e-4)
+    assert train_epoch(state, three_steps(), leave=lambda step: step == 1) is None
+    if rank() == 0:
+        save_checkpoint(state.checkpoint(), checkpoint)
+    if world_size() > 1:
+        distributed.barrier()
+    return gone_on(checkpoint)
+
+
+def gone_on(checkpoint):
+    state = started(tiny_detector(*K2), learning_rate=1e-4)
+    state.restore(load_checkpoint(checkpoint))
+    report = train_epoch(state, three_steps()[state.taken :])
     return report, state.model.state_dict()
 
 
@@ -125,6 +148,7 @@ def everything(folder):
         "gradients": gradients(),
         "gradients in parts": gradients(accumulate=2),
         "epoch": epoch(),
+        "left epoch": left_epoch(folder / "left.pt"),
         "trained norm": trained_norm(),
         "poisoned": poisoned(),
         "evaluation": evaluation(folder),
@@ -210,6 +234,23 @@ def test_an_epoch_equals_that_of_one_process(ranks):
     for name, value in weights.items():
         assert torch.equal(weights_0[name], weights_1[name]), name
         torch.testing.assert_close(weights_0[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_left_epoch_equals_one_that_was_not(ranks):
+    for one in ranks:
+        (expected, weights), (report, found) = one["epoch"], one["left epoch"]
+        assert replace(report, cost=expected.cost) == expected
+        assert all(torch.equal(value, found[name]) for name, value in weights.items())
+
+
+def test_a_left_epoch_goes_on_with_fewer_workers(ranks, folder):
+    """Which compute as many images at a time as before."""
+    report, weights = gone_on(folder / "left.pt")
+    expected, expected_weights = epoch()
+    assert report.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert report.images == expected.images
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_trained_statistics_are_equal_on_all_ranks(ranks):

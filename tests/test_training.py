@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from codetr.config import DataConfig
 from codetr.data import Classes, DataError, build_loader, open_dataset
 from codetr.data.digits import make_digits
 from codetr.detector import CoDETR
+from codetr.randomness import generator_states, restore_generators, seed_everything
 from codetr.structures import Detections, LossOutput
 from codetr.training import (
     NonFiniteLoss,
@@ -28,7 +31,6 @@ from codetr.training import (
     evaluate,
     limit_threads,
     parallelise,
-    seed_everything,
     train_epoch,
 )
 
@@ -261,6 +263,59 @@ def test_resumed_training_gives_the_same_weights_to_the_bit(tmp_path):
     resumed.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
     assert (resumed.epoch, resumed.step, resumed.cost) == (1, 4, interrupted.cost)
     assert_same_weights(whole, trained(2, resumed))
+
+
+def after(step):
+    """Leaves an epoch there."""
+    return lambda taken: taken == step
+
+
+@pytest.mark.parametrize("steps", [(1,), (3,), (1, 2)])
+def test_an_epoch_left_and_resumed_gives_the_same_weights_and_report(steps, tmp_path):
+    """Left in its second epoch, by processes that each go on from the file of the one before."""
+    whole = trained(1)
+    expected = train_epoch(whole, batches(2))
+    state = trained(1)
+    for step in steps:
+        assert train_epoch(state, batches(2)[state.taken :], leave=after(step)) is None
+        assert (state.epoch, state.taken, state.step) == (1, step, 4 + step)
+        save_checkpoint(state.checkpoint(), tmp_path / "checkpoint.pt")
+        state = start(DETECTOR, tiny_training(), 4)
+        torch.rand(3)  # whatever was drawn meanwhile does not matter
+        state.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
+        assert (state.epoch, state.taken, state.step) == (1, step, 4 + step)
+    shown, before, partial = [], state.cost, state.partial
+    report = train_epoch(state, batches(2)[state.taken :], shown.append)
+    assert_same_weights(whole, state)
+    assert replace(report, cost=expected.cost) == expected
+    assert report.cost.seconds > partial.cost.seconds > 0
+    assert state.cost == before + report.cost
+    assert (state.epoch, state.partial, state.step) == (2, None, 8)
+    assert [(s.step, s.steps) for s in shown] == [(n, 4) for n in range(steps[-1] + 1, 5)]
+
+
+def test_an_epoch_is_not_left_after_its_last_step():
+    asked = []
+    state = start(tiny_detector(), tiny_training(), 4)
+    train_epoch(state, batches(), leave=asked.append)
+    assert asked == [1, 2, 3]
+    assert state.epoch == 1
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), float(np.random.normal()), torch.rand(2)
+
+    seed_everything(3)
+    draw()
+    torch.save(generator_states(torch.device("cpu")), tmp_path / "states.pt")
+    *expected, expected_torch = draw()
+    seed_everything(4)
+    states = torch.load(tmp_path / "states.pt", weights_only=True)
+    restore_generators(states, torch.device("cpu"))
+    *numbers, found_torch = draw()
+    assert numbers == expected
+    assert torch.equal(found_torch, expected_torch)
 
 
 def test_resume_refuses_another_training():

@@ -61,6 +61,7 @@ def build_loader(
     training: bool,
     seed: int = 0,
     epoch: int = 0,
+    taken: int = 0,
     workers: int = 0,
 ) -> DataLoader[Any]:
     """Batches ``(ImageBatch, list[Targets])`` of one epoch for one of ``world_size`` workers.
@@ -73,6 +74,7 @@ def build_loader(
         training: shuffled, complete batches; otherwise in order, every image once.
         seed: of order, transforms and draws.
         epoch: another order, other transforms and draws.
+        taken: so many of the epoch's first batches are left out.
         workers: processes that load images; 0 loads in this one.
 
     Raises:
@@ -101,7 +103,7 @@ def build_loader(
     )
     return DataLoader(
         dataset,
-        batch_sampler=shares,
+        batch_sampler=shares[taken:],
         collate_fn=collate,
         num_workers=workers,
         # Of its own: the loader would otherwise draw from the generator of the training.

@@ -130,6 +130,13 @@ def test_batches_do_not_depend_on_processes_or_ranks(dataset: CocoDataset) -> No
     assert alone != [content_of(b) for b in build_loader(dataset, 4, **(common | {"epoch": 3}))]
 
 
+def test_batches_that_were_taken_are_left_out(dataset: CocoDataset) -> None:
+    common = {"training": True, "seed": 3, "epoch": 2}
+    whole = [content_of(b) for b in build_loader(dataset, 4, **common)]
+    assert [content_of(b) for b in build_loader(dataset, 4, taken=1, **common)] == whole[1:]
+    assert len(build_loader(dataset, 4, taken=2, **common)) == 0
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_leaves_the_training_s_generator_alone(dataset: CocoDataset, workers: int) -> None:
     state = torch.get_rng_state()

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.faults
 
 
 def test_terminated_and_damaged_it_goes_on_from_the_checkpoint_before(laboratory, undisturbed):
-    """SIGTERM, as before a spot machine is taken away; then the last checkpoint is cut off."""
-    process = laboratory.start()
+    """SIGTERM without a grace period; then the last checkpoint is cut off."""
+    process = laboratory.start("--grace", "0")
     read_until(process, r"K=1, seed 0: epoch 2/")
     process.send_signal(signal.SIGTERM)
     code, out = finish(process)
@@ -33,4 +33,4 @@ def test_terminated_and_damaged_it_goes_on_from_the_checkpoint_before(laboratory
     (run,) = (run for run in laboratory.runs() if run.data.tags["arm"] == "K=1")
     for text in (out, table, run.data.tags["notes"]):
         assert "is truncated" in text
-        assert "epoch(s) was lost and done again" in text
+        assert "the work between them was lost and done again" in text

@@ -59,3 +59,11 @@ def test_nodes_that_an_autoscaler_may_start_count(slots):
     assert slots((0, 0), groups=[(-1, 8, 0)], workers=1, cpus_per_worker=8) == 64
     with pytest.raises(ConfigError, match="4 of 96 CPUs, 8 GPUs"):
         slots((0, 0), groups=groups, workers=1, cpus_per_worker=97)
+
+
+def test_a_range_of_workers_runs_where_the_fewest_have_room(slots):
+    assert slots((8, 0), workers="2-8") == 1
+    assert slots((3, 0), workers="2-8") == 1
+    assert slots((16, 0), (8, 0), workers="2-8") == 3
+    with pytest.raises(ConfigError, match=r"needs 2 worker\(s\) of 1 CPUs"):
+        slots((1, 0), workers="2-8")

@@ -159,7 +159,7 @@ def test_an_invocation_on_another_machine_is_asked_by_a_file(plan, monkeypatch):
 
 def test_stopping_a_trial_leaves_it_a_file(plan, at_work):
     first, second, third = plan.trials
-    assert "after the epoch" in stop(plan.output, second.id)
+    assert "saves and stops" in stop(plan.output, second.id)
     assert (plan.store / second.name / "stop").exists()
     assert "will not begin" in stop(plan.output, third.id)
     note(plan, first, "failed", "because")

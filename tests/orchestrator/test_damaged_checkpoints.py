@@ -12,7 +12,7 @@ from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import Classes
 from codetr.detector import CoDETR
 from codetr.training import TrainingState
-from orchestrator.worker import HISTORY, newest_sound
+from orchestrator.worker import HISTORY, NOTES, checkpoint_name, newest_sound
 
 TINY = {
     "num_classes": 2,
@@ -27,7 +27,7 @@ TINY = {
 
 @pytest.fixture
 def trial(tmp_path):
-    """A trial's folder with checkpoints of the epochs 2, 3 and 5."""
+    """A trial's folder with checkpoints after the epochs 2 and 3, and within the sixth."""
     import torch
 
     state = TrainingState.start(
@@ -35,12 +35,13 @@ def trial(tmp_path):
         Classes(("a", "b"), (1, 2)), seed=0, steps_per_epoch=1, device=torch.device("cpu"),
     )  # fmt: skip
     assert isinstance(state.model, CoDETR)
-    for epoch in (2, 3, 5):
-        folder = tmp_path / f"epoch-{epoch:04d}-abcdefgh"
+    for epoch, step in ((2, 20), (3, 30), (5, 54)):
+        folder = tmp_path / checkpoint_name(epoch, step, "abcdefgh")
         state.epoch = epoch
         save_checkpoint(state.checkpoint(), folder / FILE_NAME)
         history = [dataclasses.asdict(sample_epoch(e, 0.1)) for e in range(1, epoch + 1)]
         (folder / HISTORY).write_text(json.dumps(history))
+        (folder / NOTES).write_text("[]")
     return tmp_path
 
 
@@ -82,7 +83,7 @@ def test_else_the_newest_before_it_and_the_loss_is_told(trial, damage):
     damage(last(trial))
     found, note = newest_sound(last(trial))
     assert found.name.startswith("epoch-0003")
-    assert "Went on after epoch 3: the work of 2 epoch(s) was lost" in note
+    assert "Went on after epoch 3, step 30 instead of epoch 5, step 54: the work" in note
 
 
 def test_none_if_all_are_damaged(trial):
@@ -91,4 +92,4 @@ def test_none_if_all_are_damaged(trial):
     found, note = newest_sound(last(trial))
     assert found is None
     assert note.count("is truncated") == 3
-    assert "Went on after epoch 0: the work of 5 epoch(s) was lost" in note
+    assert "Went on after epoch 0, step 0 instead of epoch 5, step 54: the work" in note
