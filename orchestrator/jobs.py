@@ -95,7 +95,7 @@ def let_save(foreman: Any, grace: float, view: View) -> None:
     import ray
 
     deadline = time.monotonic() + grace
-    while ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0:
+    while grace and ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0:
         view.stage("saving", f"{left:.0f} s at most")
         time.sleep(_SAVE_POLL_SECONDS)
 

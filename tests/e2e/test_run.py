@@ -150,7 +150,7 @@ def interrupt(process: subprocess.Popen) -> tuple[str, list[psutil.Process]]:
 
 def test_interrupted_resumed_finished_and_not_trained_again(laboratory):
     """Two arms, two workers each; Ctrl-C in the middle, then the same command again, twice."""
-    process = laboratory.start("--workers", "2")
+    process = laboratory.start("--workers", "2", "--grace", "0")
     read_until(process, r"K=2, seed 0: epoch 1/3")
     ours = descendants(process)
     assert any("RayTrainWorker" in p.name() or "RayTrain" in " ".join(p.cmdline()) for p in ours)

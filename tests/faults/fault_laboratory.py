@@ -92,6 +92,14 @@ class Laboratory:
         """Folders of an arm's checkpoints, the last one last."""
         return sorted((self.output / name / "trials").glob(f"{arm}.*/epoch-*"))
 
+    def last_checkpoint(self, arm: str) -> Path:
+        """The last one that the arm's trial has reported; the disk may have a newer one that was
+        cut off on its way."""
+        import ray.train
+
+        (folder,) = (self.output / "tiny" / "trials").glob(f"{arm}.*")
+        return Path(ray.train.Result.from_path(str(folder)).checkpoint.path)
+
     def outcome(self, name: str = "tiny") -> Outcome:
         table = [{column: row[column] for column in SAME} for row in self.rows(name)]
         arms = {path.name.split(".")[0] for path in (self.output / name / "trials").iterdir()}

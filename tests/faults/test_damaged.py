@@ -20,7 +20,7 @@ def test_terminated_and_damaged_it_goes_on_from_the_checkpoint_before(laboratory
     code, out = finish(process)
     assert code == 128 + signal.SIGTERM, out
     assert "K=1, seed 0: interrupted" in out
-    last = laboratory.checkpoints("k-1")[-1]
+    last = laboratory.last_checkpoint("k-1")
     assert load_checkpoint(last).epoch >= 2, "what was reported must be kept"
     with (last / FILE_NAME).open("r+b") as file:
         file.truncate(5000)
