@@ -37,12 +37,14 @@ class Epoch:
         step: optimiser steps since the beginning.
         values: every measured number by its readable path: ``train/loss``, ``val/AP``, ...
         notes: what befell the trial since the epoch before, in sentences.
+        time: seconds since 1970 at its end.
     """
 
     epoch: int
     step: int
     values: dict[str, float]
     notes: tuple[str, ...] = ()
+    time: float = 0.0
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Epoch:
@@ -51,6 +53,7 @@ class Epoch:
             step=row["step"],
             values=dict(row["values"]),
             notes=tuple(row.get("notes", ())),
+            time=row.get("time", 0.0),
         )
 
 

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from orchestrator import control_cli
-from orchestrator.options import GpusPerWorkerOption, GraceOption, SkipBadOption, WorkersOption
-from orchestrator.remote_cli import cluster_app, job_app, submit_run
-from orchestrator.sweep_cli import sweep
+from orchestrator import control_cli, sweep_cli
+from orchestrator.options import (
+    DetachOption,
+    GpusPerWorkerOption,
+    GraceOption,
+    SkipBadOption,
+    StorageOption,
+    WorkersOption,
+)
+from orchestrator.remote_cli import cluster_app, job_app, submit_command, submits
 
 if TYPE_CHECKING:
     from orchestrator.experiment import Experiment
@@ -26,7 +32,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the embedded data set; check any.")
 app.add_typer(data_app, name="data")
-app.command()(sweep)
+app.command()(sweep_cli.sweep)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(job_app, name="job")
 
@@ -132,10 +138,9 @@ def run(
         Literal["failed", "all", "none"],
         typer.Option(help="Of what was started before: go on with the failed, all anew, none."),
     ] = "failed",
+    storage: StorageOption = None,
     grace: GraceOption = 30.0,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
-    ] = False,
+    detach: DetachOption = False,
 ) -> None:
     """Run an experiment: train every arm with every seed, and compare.
 
@@ -158,14 +163,14 @@ def run(
         tracking_uri=tracking_uri,
         address=address or None,
         rerun=rerun,
+        storage=storage,
         grace=grace,
     )
-    if options.address is not None and options.address.startswith(("http://", "https://")):
-        submit_run(experiment, options, detach=detach, dry_run=dry_run)
+    asked = load_experiment(experiment)
+    if submits(options.address, detach=detach):
+        submit_command(experiment, options, detach=detach, dry_run=dry_run)
         return
-    if detach:
-        raise typer.BadParameter("needs --address http://HOST:PORT", param_hint="--detach")
-    _run(load_experiment(experiment), options, dry_run=dry_run)
+    _run(asked, options, dry_run=dry_run)
 
 
 def _run(experiment: Experiment, options: Options, *, dry_run: bool = False) -> NoReturn:
@@ -201,10 +206,17 @@ def resume(
         str | None, typer.Option(help="MLflow server or database, if it has changed.")
     ] = None,
 ) -> None:
-    """Go on with the last run of that name, with the options it was started with."""
+    """Go on with the last run or sweep of that name, with the options it was started with."""
     from orchestrator.control import invocation_to_resume
 
-    _run(*invocation_to_resume(output.expanduser().absolute(), name, tracking_uri))
+    last = invocation_to_resume(output.expanduser().absolute(), name, tracking_uri)
+    if last.search is None:
+        _run(last.experiment, last.options)
+    from codetr.config import parse
+    from orchestrator.sweep import Search, plan_sweep
+
+    search = parse(Search, last.search, str(last.folder))
+    sweep_cli.run_and_show(plan_sweep(last.experiment, search, last.options))
 
 
 for _command in (control_cli.status, control_cli.logs, control_cli.stop, control_cli.compare):
@@ -231,8 +243,8 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     for file in outcome.files:
         console.print(f"  {file}", markup=False)
     for result in outcome.results:
-        if result.best is not None:
-            console.print(f"  {result.best}  [dim]best checkpoint of {result.trial.arm}, "
+        if result.weights is not None:
+            console.print(f"  {result.weights}  [dim]best checkpoint of {result.trial.arm}, "
                           f"seed {result.trial.seed}[/]")  # fmt: skip
     if outcome.logs is not None:
         console.print(f"  {outcome.logs}  [dim]logs of the failed[/]")
@@ -341,7 +353,7 @@ def data_check(
 # --------------------------------------------------------------------------------- using a detector
 
 CheckpointArgument = Annotated[
-    Path, typer.Argument(help="Checkpoint file, or the folder that holds it.")
+    str, typer.Argument(help="Checkpoint file, or the folder that holds it; or its URL.")
 ]
 BranchOption = Annotated[
     str, typer.Option(help="query, or the name of an auxiliary head to look at it alone.")

@@ -16,6 +16,7 @@ from orchestrator.experiment import Resources
 from orchestrator.interrupt import descendants, end_processes
 from orchestrator.machine import local_cpus
 from orchestrator.plan import Plan
+from orchestrator.wording import one_line
 
 _ENVIRONMENT = {
     # Every port of a cluster that is started here listens on 127.0.0.1 alone.
@@ -93,7 +94,7 @@ class Cluster:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(f"--address {address}: no Ray cluster there: {reason}") from None
 
     def slots(self) -> int:

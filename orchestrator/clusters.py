@@ -15,6 +15,7 @@ import yaml
 
 from codetr.config import ConfigError, nearest
 from orchestrator.share import share
+from orchestrator.wording import one_line
 
 Action = Literal["up", "status", "down", "ssh"]
 
@@ -100,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not a mapping of settings")
     if content.get("kind") == "RayCluster":
@@ -121,9 +122,9 @@ def _require_ray_accepts(path: Path, content: dict[str, Any]) -> None:
         validate_config(prepare_config(content))
     except jsonschema.ValidationError as error:
         where = ".".join(map(str, error.absolute_path)) or "top level"
-        raise ConfigError(f"{path}: {where}: {_one_line(error.message)}") from None
+        raise ConfigError(f"{path}: {where}: {one_line(error.message)}") from None
     except Exception as error:  # Ray's preparation meets wrong types with whatever comes
-        raise ConfigError(f"{path}: Ray refuses it: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: Ray refuses it: {one_line(error)}") from None
 
 
 def _placeholders(content: Any) -> Iterator[str]:
@@ -136,7 +137,3 @@ def _placeholders(content: Any) -> Iterator[str]:
             yield from _placeholders(value)
     elif isinstance(content, str):
         yield from _PLACEHOLDER.findall(content)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import fmean
 
 from codetr.config import ConfigError, nearest
-from orchestrator.experiment import Experiment
-from orchestrator.plan import Options
 from orchestrator.records import (
+    Invocation,
     Record,
     at_work,
     experiment_folders,
@@ -128,10 +127,8 @@ def _stop_invocation(folder: Path) -> str:
     return f"{folder.name}: asked {lease.owner} to end"
 
 
-def invocation_to_resume(
-    output: Path, name: str, tracking_uri: str | None
-) -> tuple[Experiment, Options]:
-    """What was asked for last under that name, to be run again.
+def invocation_to_resume(output: Path, name: str, tracking_uri: str | None) -> Invocation:
+    """What was asked for last under that name, a run or a sweep, to be run again.
 
     Raises:
         ConfigError: nothing was, or its tracking store needs the password that was not kept.
@@ -144,7 +141,7 @@ def invocation_to_resume(
     options = replace(
         invocation.options, name=name, output=output, tracking_uri=uri, rerun="failed"
     )
-    return invocation.experiment, options
+    return replace(invocation, options=options)
 
 
 # ----------------------------------------------------------------------------------------- compare

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from codetr.config import ConfigError
-from orchestrator.board import Board, Epoch, Progress
+from orchestrator.board import Board, Epoch, History, Progress
 from orchestrator.cluster import bundle
 from orchestrator.console import View
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
-from orchestrator.worker import RESIZED, STOP, STOPPED
+from orchestrator.worker import RESIZED, STOP, STOPPED, read_history
+
+if TYPE_CHECKING:
+    from orchestrator.storage import Storage
 
 Loop = Callable[[dict[str, Any]], str | None]
 """A Ray Train loop: takes and returns what :func:`orchestrator.worker.train` does."""
@@ -125,9 +129,13 @@ def fit(
 def _fit(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any]) -> str | None:
     import ray.train
 
+    from orchestrator.storage import Storage
+
+    storage = Storage.of(plan)
     attempts, reached = ATTEMPTS, 0
     while True:
         workers = _wait_for_room(plan, trial, board)
+        storage.make_ready(trial.name)
         try:
             trainer = _trainer(plan, trial, board, loop, callbacks=callbacks, workers=workers)
             reason: str | None = trainer.fit().return_value
@@ -162,11 +170,14 @@ def _wait_for_room(plan: Plan, trial: Trial, board: Any) -> int:
 
 
 def _is_final(failure: Exception) -> bool:
-    """Whether it would be the same the next time: what our own checks refuse."""
+    """Whether it would be the same the next time: what our own checks refuse, and a full disk."""
     from codetr.checkpoint import CheckpointError
     from codetr.data import DataError
 
-    return isinstance(_cause(failure), ConfigError | DataError | CheckpointError)
+    cause = _cause(failure)
+    if isinstance(cause, OSError):
+        return cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(cause, ConfigError | DataError | CheckpointError)
 
 
 def _found_no_room(failure: Exception) -> bool:
@@ -206,11 +217,13 @@ def _trainer(
 
     from orchestrator.callback import ReportToBoard
     from orchestrator.loopback import LoopbackConfig
+    from orchestrator.storage import Storage
 
-    resources = plan.resources
+    resources, storage = plan.resources, Storage.of(plan)
     job = {
         "trial": trial.model_dump(mode="json"),
         "folder": str(plan.store / trial.name),
+        "storage": storage,
         "board": board,
         "cpus": resources.cpus_per_worker,
         "full_strength": resources.workers,
@@ -226,7 +239,8 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             name=trial.name,
-            storage_path=str(plan.store),
+            storage_path=storage.root,
+            storage_filesystem=storage.for_ray,
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute="AP"
             ),
@@ -254,23 +268,36 @@ def _cause(error: Any) -> Any:
 
 
 def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
-    """What a trial has left in its folder: its history and checkpoints, finished or not."""
-    folder = plan.store / trial.name
-    if not folder.is_dir():
+    """What a trial has left in its storage: its history and checkpoints, finished or not."""
+    if not (plan.store / trial.name).is_dir():
         return TrialResult(trial, "not started", [])
-    import ray.train
+    from orchestrator.storage import Storage
 
-    try:
-        stored = ray.train.Result.from_path(str(folder))
-    except RuntimeError:  # no epoch was reported
-        return TrialResult(trial, "interrupted", [])
+    storage = Storage.of(plan)
+    stored = storage.result(trial.name)
+    if stored is None:
+        return _without_ledger(plan, trial, storage)
     history = [Epoch.read(row) for row in (stored.metrics or {}).get("history", [])]
     scored = [(m["AP"], c) for c, m in stored.best_checkpoints or [] if m.get("AP") is not None]
     best = max(scored, key=lambda pair: pair[0])[1] if scored else stored.checkpoint
-    finished = len(history) >= trial.training.epochs
-    state: State = "finished" if finished else "interrupted"
-    return TrialResult(trial, state, history, last=_path(stored.checkpoint), best=_path(best))
+    return _result(plan, trial, storage, history, best and best.path)
 
 
-def _path(checkpoint: Any) -> Path | None:
-    return None if checkpoint is None else Path(checkpoint.path)
+def _without_ledger(plan: Plan, trial: Trial, storage: Storage) -> TrialResult:
+    """As the newest of the trial's checkpoints tells, where Ray's ledger of them is lost or was not
+    yet written."""
+    for place in reversed(storage.checkpoints(trial.name)):
+        with suppress(OSError, ValueError):  # its writer was killed, or it is damaged
+            history = read_history(storage.notes(place, plan.store / trial.name))
+            return _result(plan, trial, storage, history, place)
+    return TrialResult(trial, "interrupted", [])
+
+
+def _result(
+    plan: Plan, trial: Trial, storage: Storage, history: History, best: str | None
+) -> TrialResult:
+    state: State = "finished" if len(history) >= trial.training.epochs else "interrupted"
+    if best is None:
+        return TrialResult(trial, state, history)
+    notes = storage.notes(best, plan.store / trial.name)
+    return TrialResult(trial, state, history, best=notes, weights=storage.address(best))

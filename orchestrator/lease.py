@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,6 +133,13 @@ class Leases:
         with self._alone():
             if self._is_ours(trial):
                 (self.folder / trial).unlink(missing_ok=True)
+
+    def clear(self, trials: Iterable[str]) -> None:
+        """Remove the leases of these trials that killed processes have left."""
+        with self._alone():
+            for path in (self.folder / trial for trial in trials):
+                if path.exists() and has_lapsed(path):
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -20,6 +20,15 @@ GraceOption = Annotated[
     float,
     typer.Option(min=0, help="Seconds to save in, within the epoch, when asked to end."),
 ]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Where checkpoints lie, as s3://bucket/path. Default: below OUTPUT."
+    ),
+]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
+]
 SkipBadOption = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out images that are broken.")
 ]

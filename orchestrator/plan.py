@@ -113,6 +113,8 @@ class Options:
     output: Path = Path("runs")
     tracking_uri: str | None = None
     address: str | None = None
+    storage: str | None = None
+    """Where checkpoints lie, as any URL of fsspec; None: below ``output``."""
     rerun: Rerun = "failed"
     grace: float = 30.0
     """Seconds that trials under way have to save when the run is asked to end."""
@@ -147,8 +149,14 @@ class Plan:
 
     @property
     def store(self) -> Path:
-        """Where Ray Train keeps the trials' checkpoints, one folder for each trial."""
+        """What is known of the trials, a folder for each; and their checkpoints, if they have no
+        storage elsewhere."""
         return self.folder / "trials"
+
+    @property
+    def storage(self) -> str | None:
+        """Where the checkpoints lie instead: a URL."""
+        return self.options.storage
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -12,18 +12,22 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from codetr.config import ConfigError, parse, read_yaml
 from orchestrator.board import Epoch, History
 from orchestrator.experiment import Experiment
-from orchestrator.lease import Lease, Owner, holder
+from orchestrator.files import not_writable, write_whole
+from orchestrator.lease import Lease, Leases, Owner, holder
 from orchestrator.plan import Options, Plan, Trial
 from orchestrator.results import RunningState
 from orchestrator.tracking import configuration, flatten, without_password
-from orchestrator.worker import HISTORY
+from orchestrator.worker import HISTORY, STOP
+
+if TYPE_CHECKING:
+    from orchestrator.storage import Storage
 
 INVOCATION, STATE, CONFIG, TRIALS = "invocation.yaml", "state.json", "config.yaml", "trials"
 EARLIER = "earlier"
@@ -80,15 +84,25 @@ def trial_id(folder: Path) -> str:
     return folder.name.rpartition(".")[2]
 
 
-def note(plan: Plan, trial: Trial, state: RunningState, reason: str | None = None) -> None:
-    """Write down that the trial is in this state from now on, and what it is."""
+def note(plan: Plan, trial: Trial, state: RunningState, reason: str | None = None) -> list[Path]:
+    """Write down that the trial is in this state from now on, and what it is; returns the files."""
     folder = plan.store / trial.name
     folder.mkdir(parents=True, exist_ok=True)
     owner = Owner.this()
     where = str(owner) if plan.address is None else f"{owner}, cluster {plan.address}"
-    _write(folder / CONFIG, yaml.safe_dump(configuration(trial), sort_keys=False))
     state_text = {"state": state, "since": time.time(), "where": where, "reason": reason}
-    _write(folder / STATE, json.dumps(state_text))
+    return [
+        write_whole(folder / CONFIG, yaml.safe_dump(configuration(trial), sort_keys=False)),
+        write_whole(folder / STATE, json.dumps(state_text)),
+    ]
+
+
+def keep_history(plan: Plan, trial: Trial, history: History) -> list[Path]:
+    """Write down what a trial has reported, if its checkpoints lie where nobody looks for it."""
+    if plan.storage is None:
+        return []
+    rows = [asdict(epoch) for epoch in history]
+    return [write_whole(plan.store / trial.name / HISTORY, json.dumps(rows))]
 
 
 def noted(folder: Path) -> dict[str, Any]:
@@ -137,8 +151,10 @@ def _last_change(folder: Path) -> float:
 
 
 def last_history(folder: Path) -> History:
-    """Every epoch up to the trial's newest checkpoint that can be read."""
-    for path in sorted(folder.glob(f"epoch-*/{HISTORY}"), reverse=True):
+    """Every epoch up to the trial's newest checkpoint that can be read; of one that is stored
+    elsewhere, as it was reported."""
+    reported = [path for path in [folder / HISTORY] if path.exists()]
+    for path in reported or sorted(folder.glob(f"epoch-*/{HISTORY}"), reverse=True):
         try:
             return [Epoch.read(row) for row in json.loads(path.read_text())]
         except (OSError, ValueError, KeyError):
@@ -171,8 +187,10 @@ def set_aside(plan: Plan, trial: Trial) -> None:
         return
     earlier = plan.folder / EARLIER
     earlier.mkdir(exist_ok=True)
-    number = 1 + len([*earlier.glob(f"{trial.name}.*")])
-    folder.rename(earlier / f"{trial.name}.{number}")
+    name = f"{trial.name}.{1 + len([*earlier.glob(f'{trial.name}.*')])}"
+    if plan.storage is not None:
+        _storage(plan).move(trial.name, f"{EARLIER}/{name}")
+    folder.rename(earlier / name)
 
 
 def finished_elsewhere(plan: Plan, trial: Trial, since: float) -> Path | None:
@@ -181,7 +199,7 @@ def finished_elsewhere(plan: Plan, trial: Trial, since: float) -> Path | None:
         values = noted(folder)
         if folder.parents[1] == plan.folder or values.get("state") != "finished":
             continue
-        if values.get("since", 0) > since:
+        if values.get("since", 0) > since and _storage_of(plan, folder).checkpoints(folder.name):
             return folder
     return None
 
@@ -189,16 +207,61 @@ def finished_elsewhere(plan: Plan, trial: Trial, since: float) -> Path | None:
 def take_over(plan: Plan, trial: Trial, source: Path) -> None:
     """Copy what another experiment has trained in place of what this one may have."""
     set_aside(plan, trial)
+    if plan.storage is not None:
+        there, here = _storage_of(plan, source), _storage(plan)
+        origin = f"{there.root}/{source.name}"
+        here.filesystem.copy(origin, f"{here.root}/{trial.name}", recursive=True)
     shutil.copytree(source, plan.store / trial.name)
+
+
+def _storage(plan: Plan) -> Storage:
+    from orchestrator.storage import Storage  # not for those who only look at what there is
+
+    return Storage.of(plan)
+
+
+def _storage_of(plan: Plan, folder: Path) -> Storage:
+    """Where the trial in that folder has its checkpoints, if its experiment was given the same
+    ``--storage``."""
+    return _storage(plan).of_experiment(folder.parents[1].name)
 
 
 # ---------------------------------------------------------------------------------- one experiment
 
 
-def keep_invocation(plan: Plan) -> None:
+def sign_in(plan: Plan, leases: Leases, search: dict[str, Any] | None = None) -> None:
+    """Let others see what is at work in the plan's folder, and forget what was asked of the one
+    before.
+
+    Args:
+        search: of a sweep, as plain values.
+
+    Raises:
+        ConfigError: someone else is at work there, or the folder cannot be written.
+    """
+    if leases.acquire(run_lease(plan.name)) is not None:
+        raise occupied(plan.folder)
+    leases.clear(trial.id for trial in plan.trials)
+    for file in (plan.folder / STOP, *plan.store.glob(f"*/{STOP}")):
+        file.unlink(missing_ok=True)
+    keep_invocation(plan, search)
+
+
+def occupied(folder: Path) -> ConfigError:
+    """Another invocation is at work in that folder."""
+    return ConfigError(f"{folder}: another 'codetr' is at work there: wait for it, or give --name")
+
+
+def keep_invocation(plan: Plan, search: dict[str, Any] | None = None) -> None:
     """Write down what was asked for, so that it can be resumed without its options.
 
     A password of the tracking store is not kept.
+
+    Args:
+        search: of a sweep, as plain values.
+
+    Raises:
+        ConfigError: the plan's folder cannot be written.
     """
     options = asdict(plan.options)
     uri = plan.options.tracking_uri
@@ -212,12 +275,16 @@ def keep_invocation(plan: Plan) -> None:
         "options": {key: value for key, value in options.items() if value is not None},
         "trials": {
             trial.name: {"arm": trial.arm, "seed": trial.seed, "epochs": trial.training.epochs}
-            for trial in plan.trials
+            for trial in (plan.trials if search is None else ())  # a sweep's come as it goes
         },
+        "search": search,
         "experiment": plan.experiment.model_dump(mode="json", exclude_defaults=True),
     }
     plain = json.loads(json.dumps(content))  # tuples are lists in YAML
-    _write(plan.folder / INVOCATION, yaml.safe_dump(plain, sort_keys=False))
+    try:
+        write_whole(plan.folder / INVOCATION, yaml.safe_dump(plain, sort_keys=False))
+    except OSError as error:
+        raise not_writable(plan.folder, error) from None
 
 
 @dataclass(frozen=True)
@@ -226,6 +293,7 @@ class Invocation:
 
     Attributes:
         trials: by the name of their folders: arm, seed and epochs.
+        search: of a sweep, as plain values.
     """
 
     folder: Path
@@ -234,6 +302,7 @@ class Invocation:
     options: Options
     experiment: Experiment
     trials: dict[str, dict[str, Any]]
+    search: dict[str, Any] | None = None
 
 
 def read_invocation(folder: Path) -> Invocation:
@@ -254,9 +323,10 @@ def read_invocation(folder: Path) -> Invocation:
             options=Options(**{**given, **lists}),
             experiment=parse(Experiment, content["experiment"], str(path)),
             trials=content["trials"],
+            search=content.get("search"),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not as 'codetr run' writes it ({error})") from None
+        raise ConfigError(f"{path}: not as 'codetr' writes it ({error})") from None
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -292,9 +362,3 @@ def experiment_folders(output: Path) -> dict[str, Path]:
     """Every experiment below ``output`` that has been run, by name."""
     found = [*output.glob(f"*/{INVOCATION}"), *output.glob(f"*/{TRIALS}")]
     return {path.parent.name: path.parent for path in sorted(found)}
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text)
-    draft.replace(path)

@@ -75,14 +75,33 @@ def _launch(
 # -------------------------------------------------------------------------------------------- jobs
 
 
-def submit_run(experiment: str, options: Options, *, detach: bool, dry_run: bool) -> None:
-    """``codetr run`` with the address of a Jobs API."""
+def submits(address: str | None, *, detach: bool) -> bool:
+    """Whether ``--address`` means a Jobs API, to which the command goes, and not a cluster to join.
+
+    Raises:
+        typer.BadParameter: ``--detach`` without one.
+    """
+    from orchestrator.submit import is_jobs_api
+
+    if is_jobs_api(address):
+        return True
+    if detach:
+        raise typer.BadParameter("needs --address http://HOST:PORT", param_hint="--detach")
+    return False
+
+
+def submit_command(file: str | None, options: Options, *, detach: bool, dry_run: bool) -> None:
+    """``codetr run`` or ``codetr sweep`` with the address of a Jobs API.
+
+    Args:
+        file: the experiment's or sweep's, or its name.
+    """
     from orchestrator.submit import Jobs, how_to_return, make_submission
 
     assert options.address is not None
-    submission = make_submission(Path.cwd(), sys.argv[1:], experiment, options)
-    for file in submission.big:
-        print(f"not uploaded, as it is big: {file}", flush=True)
+    submission = make_submission(Path.cwd(), sys.argv[1:], file, options)
+    for left_out in submission.big:
+        print(f"not uploaded, as it is big: {left_out}", flush=True)
     if dry_run:
         print(f"would upload {submission.tree} to {options.address} and start there:")
         print(shlex.join([word for word in submission.command if word != "--dry-run"]))

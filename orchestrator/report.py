@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.files import write_whole
 from orchestrator.plan import Plan
 from orchestrator.results import ArmSummary, TrialResult, Value, row, summarise
 from orchestrator.tracking import configuration
@@ -21,14 +22,7 @@ def write_tables(plan: Plan, results: list[TrialResult]) -> list[Path]:
     """Write ``results.csv`` and ``results.md`` in the plan's folder, and return their paths."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     contents = {CSV: csv_table(results), MARKDOWN: markdown(plan, results)}
-    paths = []
-    for name, content in contents.items():
-        path = plan.folder / name
-        draft = path.with_name(f".{name}")
-        draft.write_text(content)
-        draft.replace(path)
-        paths.append(path)
-    return paths
+    return [write_whole(plan.folder / name, content) for name, content in contents.items()]
 
 
 def csv_table(results: list[TrialResult]) -> str:

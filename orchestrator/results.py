@@ -25,15 +25,16 @@ class TrialResult:
     Attributes:
         history: of its finished epochs.
         reason: why it failed.
-        last, best: folders of the last checkpoint and of the one with the highest AP.
+        best: folder with what was written beside the checkpoint of the highest AP.
+        weights: the folder of that checkpoint itself, or its URL.
     """
 
     trial: Trial
     state: State
     history: History
     reason: str | None = None
-    last: Path | None = None
     best: Path | None = None
+    weights: str | None = None
 
     @property
     def notes(self) -> list[str]:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -19,22 +19,25 @@ from codetr.config import ConfigError
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
+from orchestrator.files import as_far_as_possible, not_writable
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, failure_text, let_save, result_on_disk, start_foreman
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
+from orchestrator.recorder import Recorder
 from orchestrator.records import (
     finished_elsewhere,
-    keep_invocation,
+    keep_history,
     note,
     noted,
-    run_lease,
+    occupied,
     set_aside,
+    sign_in,
     take_over,
 )
 from orchestrator.report import write_tables, write_trial_files
 from orchestrator.results import State, TrialResult
-from orchestrator.tracking import Recorder, Status, Tracker
+from orchestrator.tracking import Status
 from orchestrator.worker import STOP, STOPPED, train
 
 _POLL_SECONDS = 0.25
@@ -92,6 +95,7 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
     """
     with Interrupts() as interrupts:
         prepare_data(plan, view)
+        prepare_storage(plan, view)
         with only_one(plan.folder), Leases(plan.output, plan.name) as leases:
             return _Run(plan, view, loop, interrupts, leases).outcome()
 
@@ -121,6 +125,20 @@ def prepare_data(plan: Plan, view: View) -> None:
                 view.say(f"{dataset.annotations}: left out {dataset.skipped} broken image(s)")
 
 
+def prepare_storage(plan: Plan, view: View) -> None:
+    """Try the place for checkpoints out, if it is not simply below the output folder.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if plan.storage is None:
+        return
+    from orchestrator.storage import Storage
+
+    view.stage("opening the storage")
+    Storage.of(plan).require_writable(plan)
+
+
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the folder against a second invocation.
@@ -132,9 +150,9 @@ def only_one(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise _occupied(folder) from None
+        raise occupied(folder) from None
     except OSError as error:
-        raise ConfigError(f"--output: cannot write {folder}: {error.strerror}") from None
+        raise not_writable(folder, error) from None
     try:
         with lock:
             yield
@@ -144,12 +162,6 @@ def only_one(folder: Path) -> Iterator[None]:
             for empty in (folder, folder.parent):
                 with suppress(OSError):
                     empty.rmdir()
-
-
-def _occupied(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder}: another 'codetr run' is at work there: wait for it, or give --name"
-    )
 
 
 def known_result(plan: Plan, trial: Trial) -> TrialResult:
@@ -207,15 +219,14 @@ class _Run:
                 self._start(with_ray=bool(waiting))
                 self._take_over(done)
                 self._train(waiting)
-            except Interrupted as signal:
-                interrupted = signal.exit_code
+            except Interrupted as asked:
+                interrupted = asked.exit_code
             with self.interrupts.shield():
                 return self._finish(interrupted)
         except BaseException as error:
             self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
             if self.recorder is not None:
-                self._record("close", "FAILED", [])
-                self.recorder.close(patience=10)
+                self.recorder.close("FAILED", [], patience=10)
             raise
 
     # -------------------------------------------------------------------------------- beginning
@@ -243,30 +254,16 @@ class _Run:
                     self.slots = self.cluster.slots()
             finally:
                 self.interrupts.install()  # Ray puts its own handlers in the place of ours
-            self._sign_in()
-            self.recorder = Recorder(Tracker(self.plan), self.view.say)
-
-    def _sign_in(self) -> None:
-        """Let others see what is at work here."""
-        if self.leases.acquire(run_lease(self.plan.name)) is not None:
-            raise _occupied(self.plan.folder)
-        # What was asked of an earlier invocation:
-        for file in (self.plan.folder / STOP, *map(self._stop_file, self.plan.trials)):
-            file.unlink(missing_ok=True)
-        keep_invocation(self.plan)
+            sign_in(self.plan, self.leases)
+            self.recorder = Recorder.open(self.plan, self.view.say)
 
     def _stop_file(self, trial: Trial) -> Path:
         return self.plan.store / trial.name / STOP
 
     def _take_over(self, done: dict[str, TrialResult]) -> None:
         for result in done.values():
-            self._record("adopt", result.trial)
+            self._tell.adopt(result.trial)
             self._end(result)
-
-    def _record(self, operation: str, *arguments: Any) -> None:
-        """Have MLflow's thread do a method of the tracker."""
-        assert self.recorder is not None
-        self.recorder(getattr(self.recorder.tracker, operation), *arguments)
 
     # --------------------------------------------------------------------------------- training
 
@@ -300,11 +297,7 @@ class _Run:
                 waiting += elsewhere.due()
                 while waiting and len(running) < slots:
                     trial = waiting.popleft()
-                    against = self.leases.acquire(trial.id)
-                    if against is not None:
-                        elsewhere.add(trial, against, self.view)
-                    elif not self._is_done_meanwhile(trial):
-                        self._begin(trial)
+                    if self._begin(trial, elsewhere):
                         running[foreman.train.remote(trial)] = trial
                 if (self.plan.folder / STOP).exists():  # asked on another machine
                     signal.raise_signal(signal.SIGTERM)
@@ -333,7 +326,7 @@ class _Run:
         if source is not None:
             self.view.say(f"{label(trial)}: copied from {source}")
             take_over(self.plan, trial, source)
-        self._record("adopt", trial)
+        self._tell.adopt(trial)
         self._end(known_result(self.plan, trial))
         return True
 
@@ -347,7 +340,8 @@ class _Run:
             self.view.progress(by_id[identity], latest)
         for identity, history in reports.items():
             self.view.epoch(by_id[identity], history[-1])
-            self._record("record", by_id[identity], history)
+            self._write(keep_history, by_id[identity], history)
+            self._tell.record(by_id[identity], history)
 
     def _ended(self, trial: Trial, reference: Any) -> None:
         import ray
@@ -363,24 +357,50 @@ class _Run:
             result = replace(result, state="failed", reason=reason)
         self._end(result)
 
-    def _begin(self, trial: Trial) -> None:
+    def _begin(self, trial: Trial, elsewhere: _Elsewhere) -> bool:
+        """Make ready to train a trial; False if there is no need to, or if it cannot be."""
+        try:
+            against = self.leases.acquire(trial.id)
+            if against is not None:
+                elsewhere.add(trial, against, self.view)
+                return False
+            if self._is_done_meanwhile(trial):
+                return False
+            self._write_beginning(trial)
+        except OSError as error:  # a full disk: this trial's failure, not the others'
+            self._tell.adopt(trial)
+            result = known_result(self.plan, trial)
+            self._end(replace(result, state="failed", reason=f"cannot begin: {error}"))
+            return False
+        return True
+
+    def _write_beginning(self, trial: Trial) -> None:
         self.begun.add(trial.id)
         self.view.progress(trial, Progress("starting"))
         if self.plan.options.rerun == "all":
             set_aside(self.plan, trial)
-            self._record("discard", trial)
+            self._tell.discard(trial)
         note(self.plan, trial, "running")
-        self._record("begin", trial)
+        self._tell.begin(trial)
 
     def _end(self, result: TrialResult) -> None:
         self.results[result.trial.id] = result
         self.view.ended(result)
-        self._record("record", result.trial, result.history)
-        self._record("attach", result.trial, write_trial_files(self.plan, result))
-        self._record("end", result.trial, _STATUS[result.state], result.reason)
+        self._tell.record(result.trial, result.history)
+        self._tell.attach(result.trial, self._write(write_trial_files, result))
+        self._tell.end(result.trial, _STATUS[result.state], result.reason)
         if result.trial.id in self.begun:
-            note(self.plan, result.trial, result.state, result.reason)
+            self._write(note, result.trial, result.state, result.reason)
         self.leases.release(result.trial.id)
+
+    @property
+    def _tell(self) -> Recorder:
+        """MLflow, once it is open."""
+        assert self.recorder is not None
+        return self.recorder
+
+    def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
+        return as_far_as_possible(self.view.say, write, self.plan, *arguments)
 
     # ----------------------------------------------------------------------------------- ending
 
@@ -398,14 +418,14 @@ class _Run:
         logs = self.cluster.logs if failed else None
         outcome = Outcome(results, interrupted=interrupted, logs=logs)
         self.view.stage("writing tables and pictures")
-        outcome.files = write_tables(plan, results)
+        outcome.files = self._write(write_tables, results)
         if interrupted is None:
             from orchestrator.pictures import draw_all
 
-            outcome.files += draw_all(plan, results)
+            outcome.files += self._write(draw_all, results)
         if self.recorder is not None:
-            self._record("close", outcome.status, outcome.files)
-            self.recorder.close(patience=10 if interrupted else 60)
+            patience = 10 if interrupted else 60
+            self.recorder.close(outcome.status, outcome.files, patience)
         return outcome
 
     def _abandon(self, trial: Trial) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.files import write_whole
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
@@ -116,9 +117,8 @@ class Ledger:
         return [*self.entries.values(), *self.cut_off.values()]
 
     def _write(self) -> None:
-        draft = self.folder / f".{LEDGER}"
-        draft.write_text(json.dumps([asdict(entry) for entry in self._all()], indent=1))
-        draft.replace(self.folder / LEDGER)
+        rows = [asdict(entry) for entry in self._all()]
+        write_whole(self.folder / LEDGER, json.dumps(rows, indent=1))
 
 
 class Searcher(Foreman):

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 from codetr.config import ConfigError
 from orchestrator.cluster import authentication
-from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options
 from orchestrator.settings import parse_settings
 
@@ -75,23 +74,23 @@ class Submission:
         }
 
 
-def make_submission(tree: Path, words: list[str], experiment: str, options: Options) -> Submission:
+def make_submission(tree: Path, words: list[str], file: str | None, options: Options) -> Submission:
     """The same command for a cluster elsewhere.
 
     Args:
         tree: absolute; the working tree.
         words: of the command as it was given, without the program's name.
-        experiment, options: what they mean.
+        file: the experiment's or sweep's, or its name, which has been read here.
+        options: what the words mean.
 
     Raises:
         ConfigError: it can never work there.
     """
     if tree in (Path.home(), Path(tree.anchor)):
         raise ConfigError(f"{tree} would be uploaded whole: go to the folder of your experiments")
-    load_experiment(experiment)
     parse_settings(list(options.settings))
-    if Path(experiment).is_absolute() or ".." in Path(experiment).parts:
-        raise ConfigError(f"{experiment}: not below {tree}, so the cluster would not have it")
+    if file is not None and (Path(file).is_absolute() or ".." in Path(file).parts):
+        raise ConfigError(f"{file}: not below {tree}, so the cluster would not have it")
     if not options.output.is_absolute():
         raise ConfigError(
             f"--output {options.output}: on a cluster elsewhere it must be an absolute path, on "

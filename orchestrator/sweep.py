@@ -122,6 +122,11 @@ def make_sweep(name: str | None, given: SweepOptions) -> Sweep:
         ConfigError: no such sweep, a space that makes no sense, a suggestion that is not valid.
         DataError: the data set cannot be read.
     """
+    return plan_sweep(*read_sweep(name, given), given.common)
+
+
+def read_sweep(name: str | None, given: SweepOptions) -> tuple[Experiment, Search]:
+    """The same without a look at its data and at the single suggestions."""
     experiment, own = _load(name)
     if given.over:
         own["space"] = parse_over(list(given.over))
@@ -134,7 +139,16 @@ def make_sweep(name: str | None, given: SweepOptions) -> Sweep:
         str(experiment.file),
     )
     _require_sense(search, given.common)
-    options = replace(given.common, seeds=(search.seed,))
+    return experiment, search
+
+
+def plan_sweep(experiment: Experiment, search: Search, common: Options) -> Sweep:
+    """A search of an experiment without arms of its own.
+
+    Raises:
+        ConfigError, DataError: as :func:`make_sweep`.
+    """
+    options = replace(common, seeds=(search.seed,))
     suggestions = search.space.corners()
     if search.searcher == "grid":
         suggestions = search.space.grid()

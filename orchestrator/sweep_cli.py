@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from orchestrator.options import GpusPerWorkerOption, GraceOption, SkipBadOption, WorkersOption
+from orchestrator.options import (
+    DetachOption,
+    GpusPerWorkerOption,
+    GraceOption,
+    SkipBadOption,
+    StorageOption,
+    WorkersOption,
+)
+from orchestrator.remote_cli import submit_command, submits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,25 +83,23 @@ def sweep(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
     ] = None,
+    storage: StorageOption = None,
     grace: GraceOption = 30.0,
+    detach: DetachOption = False,
 ) -> None:
     """Search settings with Ray Tune, and rank what was tried.
 
     The same command again goes on where it stopped.
     """
-    from rich.console import Console
-
     from codetr.config import ConfigError
     from orchestrator.plan import Options
-    from orchestrator.sweep import SweepOptions, make_sweep
+    from orchestrator.sweep import SweepOptions, plan_sweep, read_sweep
 
     if scheduler == "pbt":
         raise ConfigError(
             "--scheduler pbt: not offered: it changes settings in the middle of a training, so "
             "what it finds is no configuration that 'codetr run' could repeat; take asha"
         )
-    if address is not None and address.startswith(("http://", "https://")):
-        raise ConfigError("--address: a sweep joins a cluster by HOST:PORT or 'auto'")
     common = Options(
         profile=profile,
         data=data,
@@ -106,28 +112,37 @@ def sweep(
         output=output,
         tracking_uri=tracking_uri,
         address=address or None,
+        storage=storage,
         grace=grace,
     )
-    planned = make_sweep(
-        name,
-        SweepOptions(
-            over=tuple(over or ()),
-            samples=samples,
-            searcher=searcher,
-            scheduler=scheduler,
-            metric=metric,
-            seed=seed,
-            common=common,
-        ),
+    given = SweepOptions(
+        over=tuple(over or ()),
+        samples=samples,
+        searcher=searcher,
+        scheduler=scheduler,
+        metric=metric,
+        seed=seed,
+        common=common,
     )
-    console = Console(soft_wrap=True, highlight=False)
-    _show_sweep(console, planned)
-    if dry_run:
+    experiment, search = read_sweep(name, given)
+    if submits(common.address, detach=detach):
+        submit_command(name, common, detach=detach, dry_run=dry_run)
         return
+    run_and_show(plan_sweep(experiment, search, common), dry_run=dry_run)
+
+
+def run_and_show(planned: Sweep, *, dry_run: bool = False) -> NoReturn:
+    """Print the sweep, run it, print what came of it, and leave with its exit code."""
+    from rich.console import Console
+
     from orchestrator.console import view_for
     from orchestrator.interrupt import Interrupted
     from orchestrator.sweep_run import run_sweep
 
+    console = Console(soft_wrap=True, highlight=False)
+    _show_sweep(console, planned)
+    if dry_run:
+        raise typer.Exit
     try:
         with view_for(Console()) as view:
             outcome = run_sweep(planned, view)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.files import write_whole
 from orchestrator.results import TrialResult, Value
 from orchestrator.results import row as trial_row
 from orchestrator.search import Entry, sweep_result
@@ -148,11 +149,7 @@ def write_report(sweep: Sweep, rows: list[Row]) -> list[Path]:
     contents = {"results.csv": _csv(sweep, rows), "results.md": _markdown(sweep, rows)}
     if rows and rows[0].rank == 1:
         contents["best.yaml"] = best_yaml(sweep, rows[0])
-    files = []
-    for name, content in contents.items():
-        draft = sweep.folder / f".{name}"
-        draft.write_text(content)
-        files.append(draft.replace(sweep.folder / name))
+    files = [write_whole(sweep.folder / name, content) for name, content in contents.items()]
     if any(row.metric is not None for row in rows):
         from orchestrator.sweep_pictures import draw_all
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from codetr.config import ConfigError
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View
+from orchestrator.files import as_far_as_possible
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, let_save
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
-from orchestrator.records import note, run_lease
+from orchestrator.recorder import Recorder
+from orchestrator.records import keep_history, note, sign_in
 from orchestrator.report import write_trial_files
-from orchestrator.runner import Outcome, only_one, prepare_data
+from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage
 from orchestrator.search import Entry, read_ledger, start_searcher, sweep_result
 from orchestrator.sweep import Sweep, require_same_sweep
 from orchestrator.sweep_report import Row, ranked, write_report
-from orchestrator.tracking import Recorder, Status, Tracker
-from orchestrator.worker import train
+from orchestrator.tracking import Status
+from orchestrator.worker import STOP, train
 
 _POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 20.0
@@ -63,9 +68,10 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
     """
     with Interrupts() as interrupts:
         prepare_data(sweep.plan, view)
+        prepare_storage(sweep.plan, view)
         with only_one(sweep.folder), Leases(sweep.plan.output, sweep.plan.name) as leases:
             require_same_sweep(sweep)
-            leases.acquire(run_lease(sweep.plan.name))  # tells the other commands who is at work
+            sign_in(sweep.plan, leases, sweep.search.model_dump(mode="json"))
             return _SweepRun(sweep, view, loop, interrupts).outcome()
 
 
@@ -90,15 +96,14 @@ class _SweepRun:
                 self._take_over(done)
                 if self.cluster.started:
                     self._search()
-            except Interrupted as signal:
-                interrupted = signal.exit_code
+            except Interrupted as asked:
+                interrupted = asked.exit_code
             with self.interrupts.shield():
                 return self._finish(interrupted)
         except BaseException as error:
             self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
             if self.recorder is not None:
-                self._record("close", "FAILED", [])
-                self.recorder.close(patience=10)
+                self.recorder.close("FAILED", [], patience=10)
             raise
 
     def _start(self, *, with_ray: bool) -> None:
@@ -111,20 +116,24 @@ class _SweepRun:
                     self.slots = min(self.cluster.slots(), self.sweep.count)
             finally:
                 self.interrupts.install()  # Ray puts its own handlers in the place of ours
-            self.recorder = Recorder(Tracker(self.sweep.plan), self.view.say)
+            self.recorder = Recorder.open(self.sweep.plan, self.view.say)
         search = self.sweep.search
         tags = {"trials": str(self.sweep.count), "searcher": search.searcher}
-        self._record("describe", None, {**tags, "scheduler": search.scheduler})
+        self._tell.describe(None, {**tags, "scheduler": search.scheduler})
 
-    def _record(self, operation: str, *arguments: Any) -> None:
-        """Have MLflow's thread do a method of the tracker."""
+    @property
+    def _tell(self) -> Recorder:
+        """MLflow, once it is open."""
         assert self.recorder is not None
-        self.recorder(getattr(self.recorder.tracker, operation), *arguments)
+        return self.recorder
+
+    def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
+        return as_far_as_possible(self.view.say, write, self.sweep.plan, *arguments)
 
     def _take_over(self, done: list[Entry]) -> None:
         for entry in done:
             if self._is_first(entry):
-                self._record("adopt", self._trial(entry))
+                self._tell.adopt(self._trial(entry))
                 self._end(entry)
 
     def _is_first(self, entry: Entry) -> bool:
@@ -154,6 +163,8 @@ class _SweepRun:
             while not over:
                 with self.interrupts.shield():
                     over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
+                    if (self.sweep.folder / STOP).exists():  # asked on another machine
+                        signal.raise_signal(signal.SIGTERM)
                     self._look(searcher)
         except Interrupted:
             with self.interrupts.shield():
@@ -188,17 +199,18 @@ class _SweepRun:
         for identity, history in reports.items():
             if identity not in self.ended:
                 self.view.epoch(self.trials[identity], history[-1])
-                self._record("record", self.trials[identity], history)
+                self._write(keep_history, self.trials[identity], history)
+                self._tell.record(self.trials[identity], history)
         for entry in entries:
             if entry.state != "open":
                 self._end(entry)
 
     def _begin(self, entry: Entry) -> None:
         trial = self._trial(entry)
-        note(self.sweep.plan, trial, "running")
+        self._write(note, trial, "running")
         self.view.progress(trial, Progress("starting"))
-        self._record("begin", trial)
-        self._record("describe", trial, suggestion_tags(entry))
+        self._tell.begin(trial)
+        self._tell.describe(trial, suggestion_tags(entry))
 
     def _end(self, entry: Entry) -> None:
         trial = self._trial(entry)
@@ -206,13 +218,13 @@ class _SweepRun:
             return
         self.ended.add(trial.id)
         result = sweep_result(self.sweep, entry)
-        note(self.sweep.plan, trial, result.state, result.reason)
+        self._write(note, trial, result.state, result.reason)
         self.view.ended(result)
-        self._record("record", trial, result.history)
-        self._record("attach", trial, write_trial_files(self.sweep.plan, result))
+        self._tell.record(trial, result.history)
+        self._tell.attach(trial, self._write(write_trial_files, result))
         reason = entry.reason if entry.state == "failed" else None
-        self._record("end", trial, _STATUS[entry.state], reason)
-        self._record("describe", trial, {"stop_reason": stop_reason(entry)})
+        self._tell.end(trial, _STATUS[entry.state], reason)
+        self._tell.describe(trial, {"stop_reason": stop_reason(entry)})
 
     # ----------------------------------------------------------------------------------- ending
 
@@ -228,7 +240,7 @@ class _SweepRun:
                 self._end(entry)
         self.view.stage("writing tables and pictures")
         rows = ranked(self.sweep, entries)
-        files = write_report(self.sweep, rows)
+        files = as_far_as_possible(self.view.say, write_report, self.sweep, rows)
         outcome = SweepOutcome(
             [row.result for row in rows],
             files,
@@ -238,14 +250,14 @@ class _SweepRun:
         )
         if self.recorder is not None:
             self._rank(rows)
-            self._record("close", outcome.status, outcome.files)
-            self.recorder.close(patience=10 if interrupted else 60)
+            patience = 10 if interrupted else 60
+            self.recorder.close(outcome.status, outcome.files, patience)
         return outcome
 
     def _rank(self, rows: list[Row]) -> None:
         for row in rows:
             if row.rank is not None and row.entry.trial in self.trials and row.is_first:
-                self._record("describe", self._trial(row.entry), {"rank": str(row.rank)})
+                self._tell.describe(self._trial(row.entry), {"rank": str(row.rank)})
 
 
 def suggestion_tags(entry: Entry) -> dict[str, str]:

@@ -3,7 +3,8 @@
 One experiment for each name, one parent run for each invocation, one child run for each trial. A
 child run belongs to its trial for ever: it is found by the trial's id, goes on where it stopped,
 and moves beneath the newest invocation that includes the trial. Every operation may be repeated
-without doing harm, so what could not be delivered is simply delivered later.
+without doing harm, also after its answer was lost: what could not be delivered is delivered later
+(:mod:`orchestrator.recorder`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
+import random
 import re
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from filelock import FileLock
 
 import codetr
 from codetr.config import ConfigError
-from orchestrator.board import History
+from orchestrator.board import Epoch
 from orchestrator.plan import Plan, Trial
+from orchestrator.wording import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -35,6 +39,13 @@ PARAM_LENGTH = 500
 
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """MLflow's codes of errors that trying again cannot mend."""
+
+_COMPLETE = "codetr.complete"
+"""Tag of a run whose parameters, inputs and configuration are all there."""
+
+_OPENING_SECONDS, _OPENING_PAUSE = 45.0, 2.0
+"""Machines that make a database's tables at the same time fail each other; for so long, and after
+pauses of about so many seconds, is it tried again."""
 
 
 class TrackingError(ConfigError):
@@ -51,39 +62,63 @@ class Tracker:
         Raises:
             TrackingError: it cannot be reached, or its address makes no sense.
         """
-        # A server that is gone should cost seconds; repeating is the Recorder's business.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        # Repeating is the Recorder's business: MLflow's client would create a run once more where
+        # the answer to its request is lost.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         # It prints the addresses of runs, with the password that the store's address has.
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        from mlflow import MlflowClient
+        import mlflow  # noqa: F401 - it sets the level of its own logging
 
         for library in ("mlflow", "alembic"):
             logging.getLogger(library).setLevel(logging.WARNING)
+        # It logs each failure of a database with its traceback, which the Recorder tells in a line.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self.plan = plan
         self._runs: dict[str, str] = {}
         try:
-            self.client = MlflowClient(plan.tracking_uri)
-            self.experiment_id = self._experiment()
+            self.client, self.experiment_id = self._open()
             self._close_stale_runs()
             self.parent = self._start_parent()
         except Exception as error:  # whatever the store's own library raises
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise TrackingError(
                 f"--tracking-uri {without_password(plan.tracking_uri)}: cannot be used: "
                 f"{without_password(reason)}"
             ) from error
 
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.plan.name)
+    def _open(self) -> tuple[Any, str]:
+        """A client of the store, which is made ready, and the id of the experiment."""
+        if self._is_server:
+            return self._client_and_experiment()
+        from sqlalchemy import create_engine
+
+        with create_engine(self.plan.tracking_uri).connect():
+            pass  # else nothing would help
+        self.plan.output.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.plan.output / ".mlflow.lock"):  # for those of this output
+            give_up_at = time.monotonic() + _OPENING_SECONDS
+            while time.monotonic() < give_up_at:
+                with suppress(Exception):  # another machine makes the tables just now
+                    return self._client_and_experiment()
+                time.sleep(_OPENING_PAUSE * random.uniform(0.5, 1.5))
+            return self._client_and_experiment()
+
+    @property
+    def _is_server(self) -> bool:
+        return self.plan.tracking_uri.startswith(("http://", "https://"))
+
+    def _client_and_experiment(self) -> tuple[Any, str]:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.plan.tracking_uri)
+        found = client.get_experiment_by_name(self.plan.name)
         if found is not None:
-            return str(found.experiment_id)
+            return client, str(found.experiment_id)
         # A server has its own place for artifacts; beside a database they lie with the runs.
-        is_server = self.plan.tracking_uri.startswith(("http://", "https://"))
-        artifacts = (
-            None if is_server else (self.plan.output / "artifacts" / self.plan.name).as_uri()
-        )
-        return str(self.client.create_experiment(self.plan.name, artifact_location=artifacts))
+        place = self.plan.output / "artifacts" / self.plan.name
+        artifacts = None if self._is_server else place.as_uri()
+        return client, str(client.create_experiment(self.plan.name, artifact_location=artifacts))
 
     def _close_stale_runs(self) -> None:
         """End what a killed invocation on this machine has left as running."""
@@ -111,6 +146,12 @@ class Tracker:
         )
         return str(run.info.run_id)
 
+    def beneath(self, parent: str) -> Tracker:
+        """The same for another invocation's run."""
+        other = copy(self)
+        other.parent = parent
+        return other
+
     # ------------------------------------------------------------------------------------- a trial
 
     def begin(self, trial: Trial) -> None:
@@ -118,30 +159,45 @@ class Tracker:
         self.adopt(trial)
         self.client.update_run(self._runs[trial.id], status="RUNNING")
 
-    def discard(self, trial: Trial) -> None:
+    def discard(self, trial: Trial, before: float) -> None:
         """Put the trial's run into MLflow's bin: metrics cannot be taken out of a run, and the
-        trial is trained anew."""
-        for run in self.client.search_runs([self.experiment_id], f"tags.trial_id = '{trial.id}'"):
-            self.client.delete_run(run.info.run_id)
+        trial is trained anew.
+
+        Args:
+            before: seconds since 1970; a run that began later is the new one.
+        """
+        for run in self._found(trial):
+            if run.info.start_time < 1000 * before:
+                self.client.delete_run(run.info.run_id)
         self._runs.pop(trial.id, None)
 
     def adopt(self, trial: Trial) -> None:
         """Put the trial's run beneath this invocation, in whatever state it is."""
-        found = self.client.search_runs(
-            [self.experiment_id], f"tags.trial_id = '{trial.id}'", max_results=1
-        )
-        run_id = found[0].info.run_id if found else self._create(trial)
+        run_id = self._run(trial)
         for key, value in {"mlflow.parentRunId": self.parent, "codetr.owner": _owner()}.items():
             self.client.set_tag(run_id, key, value)
-        self._runs[trial.id] = run_id
 
-    def _create(self, trial: Trial) -> str:
+    def _found(self, trial: Trial) -> list[Any]:
+        only_this = f"tags.trial_id = '{trial.id}'"
+        return list(self.client.search_runs([self.experiment_id], only_this))
+
+    def _run(self, trial: Trial) -> str:
+        """The id of the trial's run, which is made if there is none."""
+        if trial.id not in self._runs:
+            found = self._found(trial)
+            run = found[0] if found else self._create(trial)
+            if _COMPLETE not in run.data.tags:
+                self._describe_fully(run.info.run_id, trial)
+            self._runs[trial.id] = str(run.info.run_id)
+        return self._runs[trial.id]
+
+    def _create(self, trial: Trial) -> Any:
+        name = f"{trial.arm}, seed {trial.seed}"
+        return self.client.create_run(self.experiment_id, run_name=name, tags=self._tags(trial))
+
+    def _describe_fully(self, run_id: str, trial: Trial) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        run = self.client.create_run(
-            self.experiment_id, run_name=f"{trial.arm}, seed {trial.seed}", tags=self._tags(trial)
-        )
-        run_id = str(run.info.run_id)
         params = flatten(configuration(trial))
         self.client.log_batch(
             run_id, params=[Param(key, value[:PARAM_LENGTH]) for key, value in params.items()]
@@ -156,7 +212,7 @@ class Tracker:
         contexts = [InputTag("mlflow.data.context", context) for context in ("training", "eval")]
         self.client.log_inputs(run_id, [DatasetInput(dataset, [context]) for context in contexts])
         self.client.log_dict(run_id, configuration(trial), "config.yaml")
-        return run_id
+        self.client.set_tag(run_id, _COMPLETE, "yes")
 
     def _tags(self, trial: Trial) -> dict[str, str]:
         detector = trial.detector
@@ -174,96 +230,65 @@ class Tracker:
             "dataset_fingerprint": trial.facts.fingerprint,
         }
 
-    def record(self, trial: Trial, history: History) -> None:
-        """Log the epochs that the run does not have yet."""
+    def record(
+        self, trial: Trial, epochs: Iterable[Epoch], at: float, notes: Sequence[str] = ()
+    ) -> None:
+        """Log the epochs that the run does not have yet.
+
+        Args:
+            at: when it was told, in seconds since 1970: the time of an epoch that does not say its
+                own, as those of earlier versions do not.
+            notes: all of the trial so far.
+        """
         from mlflow.entities import Metric
 
-        run_id = self._runs[trial.id]
+        run_id = self._run(trial)
         known = self.client.get_run(run_id).data.metrics.get("epoch", 0)
-        now = int(time.time() * 1000)
-        for epoch in history:
+        for epoch in epochs:
             if epoch.epoch > known:
                 values = {"epoch": float(epoch.epoch), "step": float(epoch.step), **epoch.values}
+                millis = int(1000 * (epoch.time or at))
+                points = [Metric(key, value, millis, epoch.epoch) for key, value in values.items()]
                 # In one batch: an epoch is there as a whole or not at all.
-                self.client.log_batch(
-                    run_id,
-                    metrics=[Metric(key, value, now, epoch.epoch) for key, value in values.items()],
-                )
-        if notes := [f"epoch {epoch.epoch}: {note}" for epoch in history for note in epoch.notes]:
+                self.client.log_batch(run_id, metrics=points)
+        if notes:
             self.client.set_tag(run_id, "notes", "\n".join(notes))
 
     def describe(self, trial: Trial | None, tags: dict[str, str]) -> None:
         """Tag the trial's run, or the invocation's."""
-        run_id = self.parent if trial is None else self._runs[trial.id]
+        run_id = self.parent if trial is None else self._run(trial)
         for key, value in tags.items():
             self.client.set_tag(run_id, key, value[:PARAM_LENGTH])
 
-    def attach(self, trial: Trial, files: list[Path]) -> None:
-        """Add files to the trial's artifacts."""
-        for file in files:
-            self.client.log_artifact(self._runs[trial.id], str(file))
+    def attach(self, trial: Trial, files: Iterable[Path]) -> None:
+        """Add files to the trial's artifacts, as far as they are still there."""
+        self._log_files(self._run(trial), files)
 
-    def end(self, trial: Trial, status: Status, reason: str | None = None) -> None:
-        """Give the trial's run its last state, unless it has it already."""
-        run_id = self._runs[trial.id]
+    def end(self, trial: Trial, status: Status, reason: str | None, at: float) -> None:
+        """Give the trial's run its last state, unless it has it already.
+
+        Args:
+            at: when it ended, in seconds since 1970.
+        """
+        run_id = self._run(trial)
         self.client.set_tag(run_id, "reason", (reason or "")[:PARAM_LENGTH])
         if self.client.get_run(run_id).info.status != status:
-            self.client.set_terminated(run_id, status)
+            self.client.set_terminated(run_id, status, end_time=int(1000 * at))
 
-    def close(self, status: Status, files: list[Path]) -> None:
+    def close(self, status: Status, files: Iterable[Path], at: float) -> None:
         """End the invocation's run, with the tables and pictures of the whole."""
+        self._log_files(self.parent, files)
+        self.client.set_terminated(self.parent, status, end_time=int(1000 * at))
+
+    def _log_files(self, run_id: str, files: Iterable[Path]) -> None:
         for file in files:
-            self.client.log_artifact(self.parent, str(file))
-        self.client.set_terminated(self.parent, status)
+            if file.exists():
+                self.client.log_artifact(run_id, str(file))
 
 
-class Recorder:
-    """Delivers to a :class:`Tracker` in order, in a thread of its own: nobody waits for MLflow.
-
-    What fails because the store is away is tried again; the operations behind it wait.
-    """
-
-    def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
-        self.tracker = tracker
-        self._warn = warn
-        self._operations: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._give_up_at: float | None = None
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
-
-    def __call__(self, operation: Callable[..., None], *args: Any) -> None:
-        """Have ``operation(*args)``, a method of the tracker, done after all before it."""
-        self._operations.put(lambda: operation(*args))
-
-    def close(self, patience: float) -> None:
-        """Wait until everything is delivered, for at most ``patience`` seconds."""
-        self._give_up_at = time.monotonic() + patience
-        self._operations.put(None)
-        self._thread.join(patience)
-        if self._thread.is_alive():
-            self._warn(
-                "MLflow did not take everything in time; the same command run again delivers "
-                "the rest"
-            )
-
-    def _deliver(self) -> None:
-        while (operation := self._operations.get()) is not None:
-            pause = 1.0
-            while not self._attempt(operation, pause):
-                time.sleep(pause)
-                pause = min(2 * pause, 10.0)
-
-    def _attempt(self, operation: Callable[[], None], pause: float) -> bool:
-        """True if done, or if it never can be."""
-        try:
-            operation()
-        except Exception as error:  # a store's failure must never be the training's
-            text = without_password(" ".join(str(error).split()))[:200]
-            permanent = getattr(error, "error_code", None) in _PERMANENT
-            if permanent or pause == 1.0:
-                self._warn(f"MLflow: {text}" + ("" if permanent else "; trying again"))
-            return permanent
-        return True
+def is_permanent(error: Exception) -> bool:
+    """Whether trying again cannot mend it, in MLflow's own words."""
+    return getattr(error, "error_code", None) in _PERMANENT
 
 
 # --------------------------------------------------------------------------------------- its terms

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_checkpoint(
-    path: Path,
+    checkpoint: str,
     data: str,
     *,
     branch: str = "query",
@@ -32,7 +32,7 @@ def evaluate_checkpoint(
     """Metrics of a checkpoint on the validation images of ``data``.
 
     Args:
-        path: the checkpoint, or its folder.
+        checkpoint: its file, or its folder; on this machine, or as any URL of fsspec.
         data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
         branch: ``query``, or an auxiliary head's name.
         batch_size: images that go through the model together.
@@ -45,9 +45,9 @@ def evaluate_checkpoint(
     from codetr.data import build_loader, open_dataset
     from codetr.training import evaluate
 
-    checkpoint, model = _load(path, branch)
-    dataset = open_dataset(_data_config(checkpoint.data, data), "val")
-    dataset.classes.require_same(checkpoint.classes, str(dataset.annotations), checkpoint.source)
+    trained, model = _load(checkpoint, branch)
+    dataset = open_dataset(_data_config(trained.data, data), "val")
+    dataset.classes.require_same(trained.classes, str(dataset.annotations), trained.source)
     loader = build_loader(dataset, batch_size, training=False)
     metrics = evaluate(model.to(_device()), loader, dataset, engine, branch=branch).metrics
     if json_file is not None:
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
 
 
 def predict_images(
-    path: Path,
+    checkpoint: str,
     images: Sequence[Path],
     output: Path,
     *,
@@ -69,7 +69,7 @@ def predict_images(
     """Write a picture with boxes for each image, and ``predictions.json`` with all detections.
 
     Args:
-        path: the checkpoint, or its folder.
+        checkpoint: its file, or its folder; on this machine, or as any URL of fsspec.
         images: the files.
         output: the folder; made if need be.
         min_score: pictures show no detection below it; the JSON has all.
@@ -84,31 +84,33 @@ def predict_images(
     from codetr.data.images import read_image
     from codetr.inference import draw, predict
 
-    checkpoint, model = _load(path, branch)
+    trained, model = _load(checkpoint, branch)
     for image in images:
         read_image(image)  # the last one may be broken: better known before the first is written
     output.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     found: list[Prediction] = []
-    for prediction in predict(model.to(_device()), images, checkpoint.data, branch=branch):
+    for prediction in predict(model.to(_device()), images, trained.data, branch=branch):
         picture = draw(
-            prediction.image, prediction.detections, checkpoint.classes, min_score=min_score
+            prediction.image, prediction.detections, trained.classes, min_score=min_score
         )
         written.append(_free_name(output, prediction.path.stem, written))
         picture.save(written[-1])
         found.append(prediction)
     results = output / "predictions.json"
-    results.write_text(json.dumps(_as_coco(found, checkpoint.classes)))
+    results.write_text(json.dumps(_as_coco(found, trained.classes)))
     return [*written, results]
 
 
-def _load(path: Path, branch: str) -> tuple[Checkpoint, CoDETR]:
+def _load(place: str, branch: str) -> tuple[Checkpoint, CoDETR]:
     from codetr.checkpoint import build_model, load_checkpoint
+    from orchestrator.storage import local_checkpoint
 
-    checkpoint = load_checkpoint(path)
+    with local_checkpoint(place) as path:
+        checkpoint = load_checkpoint(path)
     branches = ["query", *checkpoint.detector.head_names]
     if branch not in branches:
-        raise ConfigError(f"--branch {branch}: {path} has none such; {nearest(branch, branches)}")
+        raise ConfigError(f"--branch {branch}: {place} has none such; {nearest(branch, branches)}")
     return checkpoint, build_model(checkpoint)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from codetr.cost import Cost, ParameterCount
     from codetr.progress import EpochReport, StepReport
     from codetr.training import Evaluation, TrainingState
+    from orchestrator.storage import Storage
 
 HISTORY, NOTES = "history.json", "notes.json"
 PREDICTIONS, PER_CLASS = "predictions.json", "per_class.json"
@@ -102,8 +102,9 @@ def train(job: dict[str, Any]) -> str | None:
     """Ray Train's training loop: train ``job["trial"]`` to its end, from its last checkpoint.
 
     Args:
-        job: ``trial`` as plain values, ``folder`` of its files, ``board`` as actor handle, ``cpus``
-            of each worker, ``full_strength``: the number of workers that there are at most.
+        job: ``trial`` as plain values, ``folder`` of its files, ``storage`` of its checkpoints,
+            ``board`` as actor handle, ``cpus`` of each worker, ``full_strength``: the number of
+            workers that there are at most.
 
     Returns:
         Why the trial ended without success, where trying again would end the same; STOPPED or
@@ -125,6 +126,7 @@ def train(job: dict[str, Any]) -> str | None:
             while training.state.epoch < trial.training.epochs:
                 wish = training.epoch()
                 if wish in (RESIZED, STOPPED):
+                    log.info("%s, before %s", wish, training.place)
                     return wish
         except NonFiniteLoss as error:
             # Raised on all ranks alike. Not raised further: Ray would try again, to the same end.
@@ -159,12 +161,12 @@ class _Training:
         tell(Progress("building"))
         self.history: History = []
         self.notes: list[str] = []
-        self.state = self._start_or_resume()
+        self.state = self._start_or_resume(job["storage"])
         self._share_out(job["board"], job["full_strength"])
         self.parameters = ParameterCount.of(self.state.model)
         self.evaluation_seconds = 0.0
 
-    def _start_or_resume(self) -> TrainingState:
+    def _start_or_resume(self, storage: Storage) -> TrainingState:
         import ray.train
         from ray.train.torch import get_device
 
@@ -173,8 +175,11 @@ class _Training:
         from codetr.training import TrainingState
 
         trial, reported = self.trial, ray.train.get_checkpoint()
-        # On one rank, so that all agree also where a disk fails some of them.
-        saved, problem = from_rank_zero(lambda: newest_sound(reported and Path(reported.path)))
+        # Chosen by one rank, so that all agree also where a disk fails some of them.
+        chosen, problem = from_rank_zero(
+            lambda: newest_sound(storage, trial.name, reported and reported.path)
+        )
+        saved = chosen and storage.fetch(chosen, into=Path.cwd())
         self.notes += [problem] if problem else []
         state = TrainingState.start(
             without_download(trial.detector) if saved else trial.detector,
@@ -204,19 +209,19 @@ class _Training:
         parts = ray.get(board.parts.remote(self.trial.id, before))
         if parts > before:
             self.notes.append(
-                f"out of memory: from {self._place} on each worker computes its share of a batch "
+                f"out of memory: from {self.place} on each worker computes its share of a batch "
                 f"in {parts} parts (accumulate={parts}); the global batch is the same"
             )
         state.training = state.training.model_copy(update={"accumulate": parts})
         state.parts = math.ceil(parts * full_strength / self.world_size)
         if self.world_size < full_strength:
             self.notes.append(
-                f"from {self._place} on {self.world_size} of {full_strength} workers, in "
+                f"from {self.place} on {self.world_size} of {full_strength} workers, in "
                 f"{state.parts} part(s) of their shares; the global batch is the same"
             )
 
     @property
-    def _place(self) -> str:
+    def place(self) -> str:
         """Where the training is, for a note."""
         state = self.state
         within = f", step {state.taken + 1}," if state.taken else ""
@@ -237,7 +242,7 @@ class _Training:
         )
         report = train_epoch(state, loader, on_step=self._show_step, leave=self._leave)
         if report is None:
-            log.info("left %s, to %s", self._place, self.wish)
+            log.info("saved before %s", self.place)
             self._report(None)
             return self.wish
         self._report(self._evaluate_and_note(report))
@@ -270,7 +275,7 @@ class _Training:
             self.evaluation_seconds = evaluation.cost.seconds
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
         values |= _cost_values(state.cost, self.parameters)
-        self.history.append(Epoch(epoch, state.step, values, tuple(self.notes)))
+        self.history.append(Epoch(epoch, state.step, values, tuple(self.notes), time.time()))
         log.info("%s", _log_line(self.history[-1], config.epochs))
         self.notes = []
         return evaluation
@@ -291,6 +296,8 @@ class _Training:
     def _report(self, evaluation: Evaluation | None) -> None:
         """Give Ray Train what was measured, and from rank 0 the checkpoint; all ranks must."""
         import ray.train
+
+        from orchestrator.storage import checkpoint_name
 
         state = self.state
         metrics: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
@@ -364,54 +371,44 @@ def _cost_values(cost: Cost, parameters: ParameterCount) -> dict[str, float]:
     }
 
 
-def checkpoint_name(epoch: int, step: int, suffix: str) -> str:
-    """A checkpoint's folder: sorted by name, the last is the newest.
+def newest_sound(
+    storage: Storage, trial: str, reported: str | None
+) -> tuple[str | None, str | None]:
+    """The last checkpoint, or, if it is damaged, the newest before it that is not.
 
     Args:
-        epoch, step: finished.
-        suffix: tells it from another attempt's.
-    """
-    return f"epoch-{epoch:04d}-step-{step:08d}-{suffix}"
-
-
-def newest_sound(reported: Path | None) -> tuple[Path | None, str | None]:
-    """The last checkpoint's folder, or, if it is damaged, the newest before it that is not.
-
-    Args:
-        reported: the last one that was reported, among the others of its trial.
+        reported: the last one that was reported to Ray Train; None where its ledger knows none: any
+            that there is will do then.
 
     Returns:
-        None where there is none, and what was lost, in a sentence, or None.
+        Its place in the storage, None where there is none; and what was lost, in a sentence, or
+        None.
     """
     from codetr.checkpoint import CheckpointError, load_checkpoint
+    from orchestrator.storage import place_of
 
-    if reported is None:
-        return None, None
-    older = [p for p in reported.parent.glob("epoch-*") if _place_of(p) < _place_of(reported)]
+    places = sorted(storage.checkpoints(trial), key=place_of, reverse=True)
+    if reported is not None:
+        places = [reported, *(p for p in places if place_of(p) < place_of(reported))]
     found, problems = None, []
-    for folder in [reported, *sorted(older, key=_place_of, reverse=True)]:
+    for place in places:
         try:
+            folder = storage.fetch(place, into=Path.cwd())
             load_checkpoint(folder)
             read_history(folder)
             read_notes(folder)
         except (CheckpointError, OSError, ValueError) as error:
             problems.append(str(error))
             continue
-        found = folder
+        found = place
         break
     if not problems:
         return found, None
-    (epoch, step), (lost_epoch, lost_step) = _place_of(found), _place_of(reported)
+    (epoch, step), (lost_epoch, lost_step) = place_of(found), place_of(places[0])
     return found, (
         f"{'; '.join(problems)}. Went on after epoch {epoch}, step {step} instead of epoch "
         f"{lost_epoch}, step {lost_step}: the work between them was lost and done again"
     )
-
-
-def _place_of(folder: Path | None) -> tuple[int, int]:
-    """The epoch and the step in the name of a checkpoint's folder; the beginning for none."""
-    found = re.match(r"epoch-(\d+)-step-(\d+)", folder.name if folder else "")
-    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def read_history(folder: Path) -> History:

@@ -175,9 +175,10 @@ def test_resume_plans_the_same_trials(tmp_path, monkeypatch, coco_folder):
     plan.folder.mkdir(parents=True)
     keep_invocation(plan)
     monkeypatch.chdir(tmp_path)
-    experiment, kept = invocation_to_resume(plan.output, plan.name, None)
-    assert [t.name for t in make_plan(experiment, kept).trials] == [t.name for t in plan.trials]
-    assert kept.rerun == "failed"
+    last = invocation_to_resume(plan.output, plan.name, None)
+    again = make_plan(last.experiment, last.options)
+    assert [trial.name for trial in again.trials] == [trial.name for trial in plan.trials]
+    assert (last.options.rerun, last.search) == ("failed", None)
 
 
 def test_a_password_is_not_kept(tmp_path):
@@ -187,13 +188,13 @@ def test_a_password_is_not_kept(tmp_path):
     assert "hunter2" not in (plan.folder / "invocation.yaml").read_text()
     with pytest.raises(ConfigError, match="give --tracking-uri"):
         invocation_to_resume(tmp_path, plan.name, None)
-    _, options = invocation_to_resume(tmp_path, plan.name, "sqlite:///x.db")
-    assert options.tracking_uri == "sqlite:///x.db"
+    last = invocation_to_resume(tmp_path, plan.name, "sqlite:///x.db")
+    assert last.options.tracking_uri == "sqlite:///x.db"
 
 
 def test_an_invocation_file_of_something_else(plan):
     (plan.folder / "invocation.yaml").write_text("[]")
-    with pytest.raises(ConfigError, match=r"invocation.yaml: not as 'codetr run' writes it"):
+    with pytest.raises(ConfigError, match=r"invocation.yaml: not as 'codetr' writes it"):
         read_invocation(plan.folder)
 
 

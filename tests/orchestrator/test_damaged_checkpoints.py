@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from trial_samples import sample_epoch
 
 from codetr.checkpoint import FILE_NAME, save_checkpoint
@@ -12,7 +13,8 @@ from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import Classes
 from codetr.detector import CoDETR
 from codetr.training import TrainingState
-from orchestrator.worker import HISTORY, NOTES, checkpoint_name, newest_sound
+from orchestrator.storage import Storage, checkpoint_name
+from orchestrator.worker import HISTORY, NOTES, newest_sound
 
 TINY = {
     "num_classes": 2,
@@ -36,22 +38,38 @@ def trial(tmp_path):
     )  # fmt: skip
     assert isinstance(state.model, CoDETR)
     for epoch, step in ((2, 20), (3, 30), (5, 54)):
-        folder = tmp_path / checkpoint_name(epoch, step, "abcdefgh")
+        folder = tmp_path / "trial" / checkpoint_name(epoch, step, "abcdefgh")
         state.epoch = epoch
         save_checkpoint(state.checkpoint(), folder / FILE_NAME)
         history = [dataclasses.asdict(sample_epoch(e, 0.1)) for e in range(1, epoch + 1)]
         (folder / HISTORY).write_text(json.dumps(history))
         (folder / NOTES).write_text("[]")
-    return tmp_path
+    return tmp_path / "trial"
 
 
 def last(trial):
     return sorted(trial.glob("epoch-*"))[-1]
 
 
+def chosen(trial, reported):
+    storage = Storage(LocalFileSystem(), str(trial.parent))
+    return newest_sound(storage, trial.name, reported and str(reported))
+
+
 def test_the_last_one_if_it_is_sound(trial):
-    assert newest_sound(last(trial)) == (last(trial), None)
-    assert newest_sound(None) == (None, None)
+    assert chosen(trial, last(trial)) == (str(last(trial)), None)
+
+
+def test_none_where_there_is_none(tmp_path):
+    assert chosen(tmp_path / "trial", None) == (None, None)
+
+
+def test_the_newest_where_the_ledger_is_lost(trial):
+    assert chosen(trial, None) == (str(last(trial)), None)
+    truncate(last(trial))
+    found, note = chosen(trial, None)
+    assert "/epoch-0003" in found
+    assert "Went on after epoch 3, step 30 instead of epoch 5, step 54: the work" in note
 
 
 def truncate(folder):
@@ -81,15 +99,15 @@ def cut_the_history(folder):
 @pytest.mark.parametrize("damage", [truncate, change_a_byte, lose_the_file, cut_the_history])
 def test_else_the_newest_before_it_and_the_loss_is_told(trial, damage):
     damage(last(trial))
-    found, note = newest_sound(last(trial))
-    assert found.name.startswith("epoch-0003")
+    found, note = chosen(trial, last(trial))
+    assert "/epoch-0003" in found
     assert "Went on after epoch 3, step 30 instead of epoch 5, step 54: the work" in note
 
 
 def test_none_if_all_are_damaged(trial):
     for folder in trial.glob("epoch-*"):
         truncate(folder)
-    found, note = newest_sound(last(trial))
+    found, note = chosen(trial, last(trial))
     assert found is None
     assert note.count("is truncated") == 3
     assert "Went on after epoch 0, step 0 instead of epoch 5, step 54: the work" in note

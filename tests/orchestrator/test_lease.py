@@ -64,6 +64,20 @@ def test_a_lease_is_held_while_its_process_lives_and_lapses_when_it_is_killed(tm
     assert holder(tmp_path, "trial") is None
 
 
+def test_only_what_the_killed_have_left_is_cleared(tmp_path):
+    process = start(HOLD, tmp_path)
+    assert process.stdout.readline() == "held\n"
+    lease, second = tmp_path / ".leases" / "trial", Leases(tmp_path, "second")
+    second.clear(["trial", "never-taken"])
+    assert lease.exists()
+    process.kill()
+    process.wait()
+    second.clear(["another"])
+    assert lease.exists()
+    second.clear(["trial"])
+    assert not lease.exists()
+
+
 def test_the_heartbeat_touches_the_lease_and_the_end_gives_it_back(tmp_path):
     process = start(HOLD, tmp_path)
     assert process.stdout.readline() == "held\n"

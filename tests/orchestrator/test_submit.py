@@ -43,7 +43,6 @@ def test_the_command_is_the_same_without_where_and_how(tmp_path):
         ({"data": "coco"}, "--data coco: .* absolute"),
         ({"tracking_uri": "postgresql://me:hush@host/db"}, "MLFLOW_TRACKING_PASSWORD"),
         ({"settings": ("lambda_3=1",)}, "no such setting"),
-        ({"experiment": "ablation-q"}, "ablation-q"),
         ({"experiment": "../ablation-k.yaml"}, "ablation-k.yaml"),
     ],
 )

@@ -7,11 +7,20 @@ import pytest
 
 from codetr.config import ConfigError
 from orchestrator.cli import main
+from orchestrator.control import invocation_to_resume
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
+from orchestrator.records import keep_invocation, read_records
 from orchestrator.results import TrialResult
 from orchestrator.search import Ledger, grace_epochs, read_ledger
-from orchestrator.sweep import SweepOptions, make_sweep, require_same_sweep, sweep_files
+from orchestrator.sweep import (
+    Search,
+    SweepOptions,
+    make_sweep,
+    plan_sweep,
+    require_same_sweep,
+    sweep_files,
+)
 from orchestrator.sweep_run import SweepOutcome
 
 
@@ -47,6 +56,26 @@ def test_what_the_command_line_says_stands_above_the_file(tmp_path):
     )
     assert (sweep.count, sweep.search.searcher, sweep.search.metric) == (3, "random", "AP50")
     assert sweep.trial({"K": 0, "no heads": "[]"}).seed == 7
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "k-heads-lambda", "samples": 5},
+        {"over": ("lambda_1=0.25..4:log", "heads=[],[atss]", "queries.count=100..300"), "seed": 3},
+        {"over": ("lambda_1=1,2,1.0", "heads=[atss],[]"), "searcher": "grid"},
+    ],
+)
+def test_resume_goes_on_with_the_same_sweep(tmp_path, given):
+    sweep = sample_sweep(tmp_path, settings=("batch_size=4",), **given)
+    require_same_sweep(sweep)
+    keep_invocation(sweep.plan, sweep.search.model_dump(mode="json"))
+    last = invocation_to_resume(tmp_path, sweep.plan.name, None)
+    again = plan_sweep(last.experiment, Search.model_validate(last.search), last.options)
+    require_same_sweep(again)
+    assert again.definition() == sweep.definition()
+    assert again.search == sweep.search
+    assert read_records(sweep.folder) == []
 
 
 def test_a_grid_knows_its_trials(tmp_path):

@@ -1,7 +1,7 @@
 import csv
 import subprocess
 import sys
-import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,6 @@ from trial_samples import sample_epoch, sample_plan, sample_results
 from orchestrator.report import write_tables
 from orchestrator.tracking import (
     PARAM_LENGTH,
-    Recorder,
     Tracker,
     TrackingError,
     _is_dead,
@@ -22,12 +21,14 @@ from orchestrator.tracking import (
     without_password,
 )
 
+NOW = 1_700_000_000.0
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A folder whose MLflow store exists already: making its tables takes seconds."""
     output = tmp_path_factory.mktemp("runs")
-    Tracker(sample_plan(output)).close("FINISHED", [])
+    Tracker(sample_plan(output)).close("FINISHED", [], time.time())
     return output
 
 
@@ -44,9 +45,9 @@ def test_one_parent_with_a_child_for_each_trial(plan):
     tracker = Tracker(plan)
     for trial, result in zip(plan.trials, sample_results(plan), strict=True):
         tracker.begin(trial)
-        tracker.record(trial, result.history)
-        tracker.end(trial, "FINISHED")
-    tracker.close("FINISHED", write_tables(plan, sample_results(plan)))
+        tracker.record(trial, result.history, NOW)
+        tracker.end(trial, "FINISHED", None, time.time())
+    tracker.close("FINISHED", write_tables(plan, sample_results(plan)), time.time())
 
     (parent,) = runs(tracker, "tags.experiment = 'ablation-k'")
     children = runs(tracker, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
@@ -76,32 +77,32 @@ def test_a_trial_goes_on_in_its_own_run(plan):
     trial = plan.trials[0]
     first = Tracker(plan)
     first.begin(trial)
-    first.record(trial, [sample_epoch(1, 0.1)])
-    first.end(trial, "KILLED")
-    first.close("KILLED", [])
+    first.record(trial, [sample_epoch(1, 0.1)], NOW)
+    first.end(trial, "KILLED", None, time.time())
+    first.close("KILLED", [], time.time())
 
     second = Tracker(plan)
     second.begin(trial)
     history = [sample_epoch(e, 0.1 * e) for e in (1, 2, 3)]
-    second.record(trial, history)
-    second.record(trial, history)
-    second.end(trial, "FINISHED")
+    second.record(trial, history, NOW)
+    second.record(trial, history, NOW)
+    second.end(trial, "FINISHED", None, time.time())
 
     (run,) = runs(second, f"tags.trial_id = '{trial.id}'")
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.parentRunId"] == second.parent != first.parent
     points = second.client.get_metric_history(run.info.run_id, "train/total")
-    assert [m.step for m in points] == [1, 2, 3]
+    assert [(m.step, m.timestamp) for m in points] == [(e, int(1000 * NOW)) for e in (1, 2, 3)]
 
 
 def test_a_trial_trained_anew_has_one_run_still(plan):
     trial = plan.trials[0]
     tracker = Tracker(plan)
     for _ in range(2):
-        tracker.discard(trial)
+        tracker.discard(trial, before=time.time())
         tracker.begin(trial)
-        tracker.record(trial, [sample_epoch(1, 0.1)])
-        tracker.end(trial, "FINISHED")
+        tracker.record(trial, [sample_epoch(1, 0.1)], NOW)
+        tracker.end(trial, "FINISHED", None, time.time())
     (run,) = runs(tracker, f"tags.trial_id = '{trial.id}'")
     assert len(tracker.client.get_metric_history(run.info.run_id, "val/AP")) == 1
 
@@ -110,11 +111,11 @@ def test_a_finished_trial_is_taken_over_as_it_is(plan):
     trial = plan.trials[0]
     first = Tracker(plan)
     first.begin(trial)
-    first.end(trial, "FINISHED")
+    first.end(trial, "FINISHED", None, time.time())
     (before,) = runs(first, f"tags.trial_id = '{trial.id}'")
     second = Tracker(plan)
     second.adopt(trial)
-    second.end(trial, "FINISHED")
+    second.end(trial, "FINISHED", None, time.time())
     (after,) = runs(second, f"tags.trial_id = '{trial.id}'")
     assert after.info.end_time == before.info.end_time
     assert after.data.tags["mlflow.parentRunId"] == second.parent
@@ -123,7 +124,7 @@ def test_a_finished_trial_is_taken_over_as_it_is(plan):
 def test_a_failure_has_its_reason(plan):
     tracker = Tracker(plan)
     tracker.begin(plan.trials[0])
-    tracker.end(plan.trials[0], "FAILED", "NaN " * 1000)
+    tracker.end(plan.trials[0], "FAILED", "NaN " * 1000, time.time())
     (run,) = runs(tracker, f"tags.trial_id = '{plan.trials[0].id}'")
     assert run.info.status == "FAILED"
     assert run.data.tags["reason"].startswith("NaN")
@@ -158,50 +159,6 @@ def test_a_store_that_cannot_be_used_is_one_line_without_password(tmp_path, uri)
         Tracker(sample_plan(tmp_path / "new", tracking_uri=uri))
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-class Flaky:
-    """Fails as often as it is told to."""
-
-    def __init__(self, failures: int, code: str | None = None) -> None:
-        self.failures, self.code, self.done = failures, code, []
-
-    def do(self, what: int) -> None:
-        if self.failures:
-            self.failures -= 1
-            error = ConnectionError("away")
-            error.error_code = self.code
-            raise error
-        self.done.append(what)
-
-
-def test_the_recorder_delivers_in_order_once_the_store_is_back():
-    store, warnings = Flaky(failures=1), []
-    recorder = Recorder(store, warnings.append)
-    for number in range(5):
-        recorder(store.do, number)
-    recorder.close(patience=20)
-    assert store.done == [0, 1, 2, 3, 4]
-    assert warnings == ["MLflow: away; trying again"]
-
-
-def test_the_recorder_does_not_insist_on_what_can_never_be():
-    store, warnings = Flaky(failures=1, code="INVALID_PARAMETER_VALUE"), []
-    recorder = Recorder(store, warnings.append)
-    for number in range(3):
-        recorder(store.do, number)
-    recorder.close(patience=20)
-    assert store.done == [1, 2]
-    assert warnings == ["MLflow: away"]
-
-
-def test_the_recorder_gives_up_in_the_end():
-    blocked, warnings = threading.Event(), []
-    recorder = Recorder(None, warnings.append)
-    recorder(blocked.wait)
-    recorder.close(patience=0.1)
-    blocked.set()
-    assert "run again" in warnings[0]
 
 
 def test_params_are_flat_text_of_bounded_length(tmp_path):

@@ -1,0 +1,41 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from codetr.config import ConfigError
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file in the place of what was there; whatever happens meanwhile, one of the two is
+    there afterwards, and nothing else.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text)
+        return draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def not_writable(folder: Path, error: OSError) -> ConfigError:
+    """What to tell the user of it."""
+    return ConfigError(f"--output: cannot write {folder}: {error.strerror}")
+
+
+def as_far_as_possible(
+    say: Callable[[str], None], write: Callable[..., list[Path]], *arguments: Any
+) -> list[Path]:
+    """What ``write(*arguments)`` has written; where the disk does not take it, that is said, and
+    costs nothing else."""
+    try:
+        return write(*arguments)
+    except OSError as error:
+        say(f"cannot write {error.filename or 'a file'}: {error.strerror or error}")
+        return []

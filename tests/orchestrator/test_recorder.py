@@ -1,0 +1,222 @@
+"""Delivery to a store that comes and goes, whose answers get lost, from processes that die."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trial_samples import sample_epoch, sample_plan
+
+from orchestrator import recorder as module
+from orchestrator.outbox import Outbox
+from orchestrator.recorder import Recorder, outbox_path
+from orchestrator.tracking import Tracker
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.02)
+
+
+class Process:
+    """Where a recorder lives: killed, its thread does nothing more, whatever it was about to do."""
+
+    def __init__(self):
+        self.lock, self.dead = threading.Lock(), False
+
+    def kill(self):
+        with self.lock:
+            self.dead = True
+
+    def do(self, work):
+        with self.lock:
+            if not self.dead:
+                return work()
+        return threading.Event().wait()
+
+
+class Queue(Outbox):
+    """The queue of such a process."""
+
+    def __init__(self, path, say, process):
+        super().__init__(path, say)
+        self.process = process
+
+    def pop(self):
+        self.process.do(super().pop)
+
+
+class Store:
+    """Keeps metric points as MLflow does: a point that is there already is not there twice.
+
+    Attributes:
+        troubles: what befalls the next calls: ``away``, ``lost`` (done, but the answer is lost).
+    """
+
+    def __init__(self, troubles=(), code=None):
+        self.troubles, self.code = [*troubles], code
+        self.points, self.calls = {}, []
+
+    def call(self, name, work):
+        trouble = self.troubles.pop(0) if self.troubles else None
+        if trouble != "away":
+            self.calls.append(name)
+            work()
+        if trouble:
+            error = ConnectionError(trouble)
+            error.error_code = self.code
+            raise error
+
+
+class Writer:
+    """A tracker beneath a parent run."""
+
+    def __init__(self, store, parent, process):
+        self.store, self.parent, self.process = store, parent, process
+
+    def beneath(self, parent):
+        return Writer(self.store, parent, self.process)
+
+    def record(self, _trial, epochs, _at, _notes):
+        def work():
+            known = max((epoch for _, epoch in self.store.points), default=0)
+            for epoch in epochs:
+                if epoch.epoch > known:
+                    self.store.points.setdefault((epoch.time, epoch.epoch), self.parent)
+
+        self.process.do(lambda: self.store.call("record", work))
+
+    def __getattr__(self, name):
+        return lambda *_, **__: self.process.do(lambda: self.store.call(name, lambda: None))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return sample_plan(tmp_path_factory.mktemp("runs"))
+
+
+def history(upto):
+    return [
+        type(e)(**{**asdict(e), "time": 1000.0 + e.epoch})
+        for e in (sample_epoch(number, 0.1) for number in range(1, upto + 1))
+    ]
+
+
+def open_recorder(store, path, said, parent="this"):
+    process = Process()
+    queue = Queue(path, said.append, process)
+    return Recorder(Writer(store, parent, process), queue, said.append)
+
+
+def test_in_order_once_the_store_is_back(plan, tmp_path):
+    store, said = Store(["away", "away"]), []
+    recorder = open_recorder(store, tmp_path / "box", said)
+    trial = plan.trials[0]
+    recorder.begin(trial)
+    recorder.record(trial, history(1))
+    recorder.record(trial, history(2))
+    recorder.record(trial, history(2))
+    recorder.end(trial, "FINISHED")
+    recorder.close("FINISHED", [], patience=20)
+    assert store.calls == ["begin", "record", "record", "end", "close"]
+    assert [epoch for _, epoch in store.points] == [1, 2]
+    assert said == ["MLflow: away; trying again"]
+
+
+def test_it_does_not_insist_on_what_can_never_be(plan, tmp_path):
+    store, said = Store(["away"], code="INVALID_PARAMETER_VALUE"), []
+    recorder = open_recorder(store, tmp_path / "box", said)
+    recorder.begin(plan.trials[0])
+    recorder.end(plan.trials[0], "FINISHED")
+    recorder.close("FINISHED", [], patience=20)
+    assert store.calls == ["end", "close"]
+    assert said == ["MLflow: away"]
+
+
+def test_what_a_dead_store_has_not_taken_waits_for_the_next_run(plan, tmp_path):
+    away = threading.Event()
+    dead = SimpleNamespace(parent="first", beneath=lambda _: away.wait() or dead)
+    said: list[str] = []
+    path = tmp_path / "box" / "a.jsonl"
+    recorder = Recorder(dead, Outbox(path, said.append), said.append)
+    trial = plan.trials[0]
+    recorder.begin(trial)
+    recorder.record(trial, history(2))
+    recorder.close("FINISHED", [], patience=0.1)
+    assert said == [
+        f"MLflow has not taken 3 operation(s), which wait in {path}: the same command run again "
+        "delivers what it lacks"
+    ]
+
+    store, said = Store(), []
+    second = open_recorder(store, path, said, "second")
+    second.adopt(trial)
+    second.record(trial, history(3))
+    second.close("FINISHED", [], patience=20)
+    assert store.calls == ["begin", "record", "close", "adopt", "record", "close"]
+    assert store.points == {(1001.0, 1): "first", (1002.0, 2): "first", (1003.0, 3): "second"}
+    assert said == ["MLflow: 3 operation(s) of an earlier run wait: delivering them"]
+    assert not path.exists()
+
+
+def test_a_line_that_makes_no_sense_is_left_out(plan, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"do": "__class__", "parent": "a", "at": 0}\n')
+    store, said = Store(), []
+    recorder = open_recorder(store, path, said)
+    recorder.begin(plan.trials[0])
+    recorder.close("FINISHED", [], patience=20)
+    assert store.calls == ["begin", "close"]
+    assert "left out what makes no sense" in said[1]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(["away", "lost", None]), max_size=12),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_every_point_arrives_once_in_order(plan, tmp_path_factory, troubles, runs):
+    """Several invocations, each of which trains some epochs more and dies without a word."""
+    path = tmp_path_factory.mktemp("box") / "a.jsonl"
+    store, reached, trial = Store(troubles), 0, plan.trials[0]
+    for more in runs:
+        recorder = open_recorder(store, path, [])
+        recorder.begin(trial)
+        for epoch in range(reached + 1, reached + more + 1):
+            recorder.record(trial, history(epoch))
+        reached += more
+        recorder.outbox.process.kill()
+    last = open_recorder(store, path, [])
+    last.close("FINISHED", [], patience=20)
+    assert [*store.points] == [(1000.0 + e, e) for e in range(1, reached + 1)]
+
+
+def test_the_journal_names_no_password(tmp_path):
+    plan = sample_plan(tmp_path, tracking_uri="http://me:hunter2@127.0.0.1:9")
+    assert "hunter2" not in str(outbox_path(plan))
+
+
+def test_a_real_store_gets_the_times_of_the_epochs(tmp_path):
+    plan = sample_plan(tmp_path)
+    trial, said = plan.trials[0], []
+    recorder = Recorder.open(plan, said.append)
+    recorder.begin(trial)
+    recorder.record(trial, history(2))
+    recorder.end(trial, "FINISHED")
+    recorder.close("FINISHED", [], patience=60)
+    assert said == []
+    client = recorder.tracker.client
+    (run,) = client.search_runs([recorder.tracker.experiment_id], f"tags.trial_id = '{trial.id}'")
+    points = client.get_metric_history(run.info.run_id, "val/AP")
+    assert [(p.step, p.timestamp) for p in points] == [(1, 1001000), (2, 1002000)]
+    assert not outbox_path(plan).exists()
+
+    # The same, delivered again by one who does not know that it was delivered:
+    again = Tracker(plan)
+    again.record(trial, history(2), at=0.0)
+    assert len(client.get_metric_history(run.info.run_id, "val/AP")) == 2
