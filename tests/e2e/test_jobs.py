@@ -45,12 +45,11 @@ class Elsewhere:
         out, _ = process.communicate(timeout=PATIENCE)
         return process.returncode, out
 
-    @property
-    def run(self) -> list[str]:
+    def words(self, command: str = "run", epochs: int = 1) -> list[str]:
         """The command, as its user types it."""
         return [
-            "run", "tiny.yaml", "--data", str(self.folder / "digits"), "--set", "epochs=1",
-            "--output", str(self.folder.parent / "shared"),
+            command, "tiny.yaml", "--data", str(self.folder / "digits"),
+            "--set", f"epochs={epochs}", "--output", str(self.folder.parent / "shared"),
         ]  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def job_of(text: str) -> str:
 
 
 def test_streamed_left_stopped_then_detached_and_seen_to_its_end(elsewhere):
-    process = elsewhere.start(*elsewhere.run)
+    process = elsewhere.start(*elsewhere.words(epochs=1000))
     lines = read_until(process, r"training 1 trial")
     job = job_of("".join(lines))
     os.killpg(process.pid, signal.SIGINT)
@@ -122,7 +121,7 @@ def test_streamed_left_stopped_then_detached_and_seen_to_its_end(elsewhere):
     # Stopped in order: nothing is left as running.
     assert {run.info.status for run in client.search_runs([experiment])} == {"KILLED"}
 
-    code, out = elsewhere.call(*elsewhere.run, "--detach")
+    code, out = elsewhere.call(*elsewhere.words(), "--detach")
     assert code == 0, out
     job = job_of(out)
     assert [line.split()[0] for line in out.splitlines()] == ["submitted", job, "Stop"]
@@ -133,8 +132,20 @@ def test_streamed_left_stopped_then_detached_and_seen_to_its_end(elsewhere):
     assert "finished" in (output / "tiny" / "results.csv").read_text()
 
 
+def test_a_sweep_goes_there_too(elsewhere):
+    how = ("--name", "swept", "--searcher", "grid", "--scheduler", "none", "--detach")
+    over = ("--over", "lambda_1=0.5,1", "--over", "heads=[atss]")
+    code, out = elsewhere.call(*elsewhere.words("sweep"), *over, *how)
+    assert code == 0, out
+    code, out = elsewhere.call("job", "attach", job_of(out))
+    assert code == 0, out
+    assert "searching 2 suggestions" in out
+    results = elsewhere.folder.parent / "shared" / "swept" / "results.csv"
+    assert results.read_text().count("finished") == 2
+
+
 def test_a_job_that_fails_gives_its_exit_code(elsewhere):
-    code, out = elsewhere.call(*elsewhere.run[:-1], "/dev/null/nowhere")
+    code, out = elsewhere.call(*elsewhere.words()[:-1], "/dev/null/nowhere")
     assert code == 2, out
     assert "cannot write" in out
 

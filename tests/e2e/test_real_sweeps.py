@@ -1,24 +1,19 @@
 """``codetr sweep`` on real Ray Tune, Ray Train and MLflow."""
 
-import csv
-import os
-import subprocess
+import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
-from test_run import CODETR, EXPERIMENT
+from laboratory import Laboratory, descendants, finish, read_until
+from test_run import EXPERIMENT
 
-from codetr.data.digits import make_digits
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
 
 pytestmark = pytest.mark.e2e
-
-PATIENCE = 400
 
 FAKE_TRAINING = '''
 """A sweep whose trials are real Ray Train jobs that only pretend to train."""
@@ -62,52 +57,35 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
-    make_digits(tmp_path / "digits", train_images=24, val_images=6, size=64)
-    return tmp_path
+def laboratory(tmp_path):
+    laboratory = Laboratory(tmp_path, tmp_path / "runs").prepare(EXPERIMENT)
+    laboratory.environment = {"EPOCH_LOG": str(tmp_path / "epochs.log")}
+    yield laboratory
+    laboratory.clean()
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "EPOCH_LOG": str(folder / "epochs.log")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "runs" / "tiny" / "results.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def runs(folder: Path) -> tuple[list, list]:
-    """Parents and children of the MLflow experiment."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    children = [run for run in found if "trial_id" in run.data.tags]
-    return [run for run in found if run not in children], children
-
-
-def test_a_grid_of_real_trainings_and_the_best_of_it(folder):
+def test_a_grid_of_real_trainings_stopped_resumed_and_the_best_of_it(laboratory):
     """One of the three suggestions is the same configuration as another: trained once."""
-    over = ("--over", "heads=[]", "--over", "positive_queries.max=10,20,10.0")
-    options = ("--searcher", "grid", "--scheduler", "none", "--set", "epochs=1")
-    command = (*CODETR, "sweep", "tiny.yaml", "--data", str(folder / "digits"), *over, *options)
-    process = start(folder, *command)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, out
-    found = rows(folder)
+    output, data = ("--output", str(laboratory.output)), str(laboratory.folder / "digits")
+    command = (
+        "sweep", "tiny.yaml", "--data", data, *output, "--set", "epochs=8",
+        "--over", "heads=[]", "--over", "positive_queries.max=10,20,10.0",
+        "--searcher", "grid", "--scheduler", "none",
+    )  # fmt: skip
+    process = laboratory.command(*command)
+    read_until(process, "epoch 1/8")
+    assert "asked" in finish(laboratory.command("stop", "tiny", *output))[1]
+    code, out = finish(process)
+    assert code == 128 + signal.SIGTERM, out
+    code, out = finish(laboratory.command("resume", "tiny", *output))
+    assert code == 0, out
+    assert "epoch 8/8" in out
+
+    found = laboratory.rows()
     assert Counter(row["status"] for row in found) == {"finished": 2, "finished (same trial)": 1}
-    assert len(list((folder / "runs" / "tiny" / "trials").iterdir())) == 2
-    (parent,), children = runs(folder)
-    assert parent.info.status == "FINISHED"
+    assert len(list((laboratory.output / "tiny" / "trials").iterdir())) == 2
+    (parent, stopped), children = laboratory.runs()
+    assert (parent.info.status, stopped.info.status) == ("FINISHED", "KILLED")
     assert len(children) == 2
     for run in children:
         tags = run.data.tags
@@ -116,28 +94,26 @@ def test_a_grid_of_real_trainings_and_the_best_of_it(folder):
         assert tags["suggestion.positive_queries.max"] in ("10", "20", "10.0")
         assert tags["stop_reason"] == "all epochs"
         assert tags["rank"] in ("1", "2")
-    best = load_experiment(str(folder / "runs" / "tiny" / "best.yaml"))
+        points = laboratory.client().get_metric_history(run.info.run_id, "val/AP")
+        assert [point.step for point in points] == [*range(1, 9)]
+    best = load_experiment(str(laboratory.output / "tiny" / "best.yaml"))
     assert [t.id for t in make_plan(best, Options(workers=1)).trials] == [found[0]["trial_id"]]
     # Again: there is nothing left to train, so Ray is not even started.
-    out, _ = start(folder, *command).communicate(timeout=PATIENCE)
-    assert "starting Ray" not in out
-    assert rows(folder) == found
+    code, out = finish(laboratory.command(*command))
+    assert (code, "starting Ray" in out) == (0, False), out
+    assert laboratory.rows() == found
 
 
 @pytest.mark.faults
-def test_asha_frees_its_workers_and_a_killed_sweep_goes_on(folder):
+def test_asha_frees_its_workers_and_a_killed_sweep_goes_on(laboratory):
     """Five trials in two places, the driver killed in the middle; nothing is trained twice."""
-    (folder / "fake.py").write_text(FAKE_TRAINING)
-    command = (sys.executable, "fake.py", str(folder / "digits"))
-    process = start(folder, *command)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if ": asha, after" in line:
-            break
+    (laboratory.folder / "fake.py").write_text(FAKE_TRAINING)
+    fake = (sys.executable, "fake.py", str(laboratory.folder / "digits"))
+    process = laboratory.command(code=fake)
+    lines = read_until(process, ": asha, after")
     assert process.poll() is None, "".join(lines)
     time.sleep(6)  # Tune writes down its state every five seconds
-    ours = psutil.Process(process.pid).children(recursive=True)
+    ours = descendants(process)
     process.kill()
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(ours, timeout=60)
@@ -146,10 +122,9 @@ def test_asha_frees_its_workers_and_a_killed_sweep_goes_on(folder):
     for agent in alive:
         agent.kill()
 
-    process = start(folder, *command)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, out
-    found = rows(folder)
+    code, out = finish(laboratory.command(code=fake))
+    assert code == 0, out
+    found = laboratory.rows()
     assert len(found) == 5
     assert (found[0]["lambda_1"], found[0]["status"], found[0]["AP"]) == ("4", "finished", "40.0")
     stopped = [row for row in found if row["status"] == "stopped"]
@@ -157,10 +132,10 @@ def test_asha_frees_its_workers_and_a_killed_sweep_goes_on(folder):
     assert all(row["stop_reason"].startswith("asha, after epoch") for row in stopped)
     assert {row["status"] for row in found} == {"finished", "stopped"}
     # At most the epoch that was cut off by the kill is trained again, in each of two places.
-    trained = Counter((folder / "epochs.log").read_text().splitlines())
+    trained = Counter((laboratory.folder / "epochs.log").read_text().splitlines())
     assert sum(trained.values()) <= len(trained) + 2
 
-    parents, children = runs(folder)
+    parents, children = laboratory.runs()
     assert sorted(run.info.status for run in parents) == ["FINISHED", "KILLED"]
     assert len(children) == 5
     newest = next(run for run in parents if run.info.status == "FINISHED")

@@ -1,19 +1,16 @@
 """``codetr run`` as its users run it: real Ray, real MLflow, real training on a few images."""
 
-import csv
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import pytest
+from laboratory import CODETR, PATIENCE, Laboratory, descendants, read_until
 
 from codetr.checkpoint import load_checkpoint
 from codetr.data.digits import make_digits
@@ -41,91 +38,14 @@ arms:
 profiles:
   laptop: {about: as small as can be}
 """
-CODETR = (sys.executable, "-c", "from orchestrator.cli import main; main()")
-PATIENCE = 240
-
-
-@dataclass
-class Laboratory:
-    """A folder with an experiment and data, and the command to run it."""
-
-    folder: Path
-    started: list[subprocess.Popen] = field(default_factory=list)
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "runs"
-
-    def start(self, *arguments: str, experiment: str = "tiny.yaml") -> subprocess.Popen:
-        data = str(self.folder / "digits")
-        command = [*CODETR, "run", experiment, "--data", data, *arguments]
-        # A session of its own: signals to the whole of it, as a terminal sends them.
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def clean(self) -> None:
-        """What a failed test has left running."""
-        for process in self.started:
-            if process.poll() is None:
-                for one in [*descendants(process), process]:
-                    one.kill()
-
-    def run(self, *arguments: str) -> tuple[int, str]:
-        process = self.start(*arguments)
-        out, _ = process.communicate(timeout=PATIENCE)
-        return process.returncode, out
-
-    def rows(self, name: str = "tiny") -> list[dict[str, str]]:
-        with (self.output / name / "results.csv").open() as file:
-            return list(csv.DictReader(file))
-
-    def client(self):
-        from mlflow import MlflowClient
-
-        return MlflowClient(f"sqlite:///{self.output / 'mlflow.db'}")
-
-    def runs(self, name: str = "tiny") -> tuple[list, list]:
-        """Parents and children of an MLflow experiment, the newest first."""
-        client = self.client()
-        experiment = client.get_experiment_by_name(name)
-        runs = client.search_runs([experiment.experiment_id])
-        children = [run for run in runs if "trial_id" in run.data.tags]
-        return [run for run in runs if run not in children], children
 
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("laboratory")
-    (folder / "tiny.yaml").write_text(EXPERIMENT)
-    make_digits(folder / "digits", train_images=24, val_images=6, size=64)
-    laboratory = Laboratory(folder)
+    laboratory = Laboratory(folder, folder / "runs").prepare(EXPERIMENT)
     yield laboratory
     laboratory.clean()
-
-
-def read_until(process: subprocess.Popen, pattern: str) -> list[str]:
-    """Lines up to the first that matches."""
-    lines = []
-    deadline = time.monotonic() + PATIENCE
-    for line in process.stdout:
-        lines.append(line)
-        if re.search(pattern, line):
-            return lines
-        assert time.monotonic() < deadline, lines
-    raise AssertionError(f"ended without '{pattern}': {''.join(lines)}")
-
-
-def descendants(process: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:

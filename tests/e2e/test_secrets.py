@@ -3,14 +3,12 @@
 import os
 import re
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run import CODETR, EXPERIMENT, PATIENCE, descendants
+from laboratory import CODETR, PATIENCE, TrackingServer, free_port
+from test_run import EXPERIMENT
 
 from codetr.data.digits import make_digits
 
@@ -31,42 +29,13 @@ PLANTED = {
 }
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[int]:
     """An MLflow server below ``tmp_path``; its port."""
-    port = free_port()
-    store = tmp_path / "server"
-    store.mkdir()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-            "--workers", "1", "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
-            "--artifacts-destination", str(store / "artifacts"),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-    yield port
-    for one in descendants(process):
-        one.kill()
-    process.kill()
-    process.wait()
+    server = TrackingServer(tmp_path / "server")
+    server.start()
+    yield server.port
+    server.kill()
 
 
 def leaks(*places: Path) -> list[str]:

@@ -1,12 +1,12 @@
-"""Two invocations at once, and a signal that comes late, on real runs."""
+"""Runs that are looked at, stopped, resumed and compared, two at once, and a late signal."""
 
 import re
+import signal
 import subprocess
 
 import pytest
-from test_run import CODETR, EXPERIMENT, PATIENCE, Laboratory, read_until
-
-from codetr.data.digits import make_digits
+from laboratory import CODETR, PATIENCE, Laboratory, finish, read_until
+from test_run import EXPERIMENT
 
 pytestmark = pytest.mark.e2e
 
@@ -31,9 +31,7 @@ with Interrupts() as interrupts:
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("control")
-    (folder / "tiny.yaml").write_text(EXPERIMENT)
-    make_digits(folder / "digits", train_images=24, val_images=6, size=64)
-    laboratory = Laboratory(folder)
+    laboratory = Laboratory(folder, folder / "runs").prepare(EXPERIMENT, train_images=160)
     yield laboratory
     laboratory.clean()
 
@@ -45,7 +43,7 @@ def test_two_invocations_at_once_train_no_trial_twice(laboratory):
     second = laboratory.start("--name", "second")
     begun = read_until(second, "trains it")
     code, out = laboratory.run("--name", "first")
-    assert (code, "another 'codetr run' is at work" in out) == (2, True)
+    assert (code, "another 'codetr' is at work" in out) == (2, True)
     outs = [process.communicate(timeout=PATIENCE)[0] for process in (first, second)]
     outs[1] = "".join(begun) + outs[1]
     assert (first.returncode, second.returncode) == (0, 0), outs
@@ -58,6 +56,57 @@ def test_two_invocations_at_once_train_no_trial_twice(laboratory):
     for name in ("first", "second"):
         _, children = laboratory.runs(name)
         assert [run.info.status for run in children] == ["FINISHED"] * 2
+
+
+def test_all_is_trained_again_where_that_is_wanted(laboratory):
+    """After the test before."""
+    _, before = laboratory.runs("first")
+    code, out = laboratory.run("--name", "first", "--rerun", "all")
+    assert code == 0, out
+    assert len(re.findall(r"epoch \d/3", out)) == 6
+    _, children = laboratory.runs("first")
+    assert len(children) == 2, "what was trained before is in MLflow's bin"
+    assert not {run.info.run_id for run in before} & {run.info.run_id for run in children}
+
+
+def ask(laboratory: Laboratory, *words: str) -> str:
+    """What a command prints about the laboratory's runs."""
+    code, out = finish(laboratory.command(*words, "--output", str(laboratory.output)))
+    assert code == 0, out
+    return out
+
+
+@pytest.mark.timeout(900)
+def test_one_trial_is_stopped_then_the_run_then_all_is_resumed(laboratory):
+    long = ("--name", "long", "--set", "epochs=12")
+    process = laboratory.start(*long)
+    read_until(process, "K=2, seed 0: epoch 1/12")
+    first, second = re.findall(r"^ +(\w{10})  +K=", ask(laboratory, "status", "long"), re.MULTILINE)
+    assert "saves and stops" in ask(laboratory, "stop", first)
+    read_until(process, "K=0, seed 0: interrupted")
+    shown = ask(laboratory, "status", "long")
+    assert re.search(rf"{first} .*interrupted", shown), shown
+    assert re.search(rf"{second} .*running", shown), shown
+    assert "stopped as asked, before epoch" in ask(laboratory, "logs", first)
+    ask(laboratory, "stop", "long")
+    code, out = finish(process)
+    assert code == 128 + signal.SIGTERM, out
+    shown = ask(laboratory, "status", "long")
+    assert shown.count("interrupted") == 2, shown
+    code, out = laboratory.run(*long, "--rerun", "none")
+    assert code == 1, out
+    assert "starting Ray" not in out
+    assert [row["status"] for row in laboratory.rows("long")] == ["interrupted"] * 2
+
+    out = ask(laboratory, "resume", "long")
+    assert "epoch 1/12" not in out
+    assert [row["epochs"] for row in laboratory.rows("long")] == ["12", "12"]
+    _, children = laboratory.runs("long")
+    for run in children:
+        points = laboratory.client().get_metric_history(run.info.run_id, "val/AP")
+        assert [point.step for point in points] == [*range(1, 13)]
+    compared = ask(laboratory, "compare", first, second)
+    assert re.search(r"detector.heads\S* ", compared), compared
 
 
 def test_a_signal_after_ray_has_ended_is_not_lost(laboratory):
