@@ -5,23 +5,20 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from fault_laboratory import EXPERIMENT, Laboratory, Outcome
-
-from codetr.data.digits import make_digits
+from fault_laboratory import EXPERIMENT, FaultLaboratory, Outcome
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "tiny.yaml").write_text(EXPERIMENT)
-    make_digits(folder / "digits", train_images=24, val_images=6, size=64)
+    FaultLaboratory(folder, folder / "runs").prepare(EXPERIMENT)
     return folder
 
 
 @pytest.fixture(scope="session")
 def undisturbed(folder) -> Outcome:
     """The table and the weights that every fault must end with, too."""
-    laboratory = Laboratory(folder, folder / "undisturbed")
+    laboratory = FaultLaboratory(folder, folder / "undisturbed")
     try:
         code, out = laboratory.run()
         assert code == 0, out
@@ -32,7 +29,7 @@ def undisturbed(folder) -> Outcome:
 
 @pytest.fixture
 def laboratory(folder, tmp_path):
-    laboratory = Laboratory(folder, tmp_path / "runs")
+    laboratory = FaultLaboratory(folder, tmp_path / "runs")
     yield laboratory
     laboratory.clean()
     shutil.rmtree(laboratory.output, ignore_errors=True)

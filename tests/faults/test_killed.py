@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fault_laboratory import actors, descendants, finish, read_until
+from fault_laboratory import actors
+from laboratory import descendants, finish, read_until
 
 pytestmark = pytest.mark.faults
 

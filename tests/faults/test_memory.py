@@ -53,8 +53,8 @@ def test_out_of_memory_is_met_by_parts_of_the_same_batch(laboratory, undisturbed
     laboratory.require_each_epoch_once()
     client = laboratory.client()
     before = laboratory.folder / "undisturbed" / "mlflow.db"
-    expected = {run.data.tags["arm"]: run for run in laboratory.runs(f"sqlite:///{before}")}
-    for run in laboratory.runs():
+    expected = {run.data.tags["arm"]: run for run in laboratory.runs(uri=f"sqlite:///{before}")[1]}
+    for run in laboratory.runs()[1]:
         assert "(accumulate=2)" in run.data.tags["notes"]
         twin = expected[run.data.tags["arm"]]
         assert run.data.metrics["step"] == twin.data.metrics["step"]

@@ -6,7 +6,8 @@ import re
 import signal
 
 import pytest
-from fault_laboratory import EXPERIMENT, Laboratory, finish, read_until
+from fault_laboratory import EXPERIMENT, FaultLaboratory
+from laboratory import finish, read_until
 
 from codetr.checkpoint import load_checkpoint
 from codetr.data.digits import make_digits
@@ -14,7 +15,7 @@ from codetr.data.digits import make_digits
 pytestmark = pytest.mark.faults
 
 STEPS = 100
-LONG = re.sub(r"epochs: \d+", "epochs: 2", EXPERIMENT).replace("epochs: [4]", "epochs: [1]")
+LONG = re.sub(r"epochs: \d+", "epochs: 2", EXPERIMENT).replace("epochs: [9]", "epochs: [1]")
 """Epochs that take many times as long as to leave one."""
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def test_what_is_terminated_saves_within_its_epoch_and_goes_on_there(folder):
-    undisturbed, laboratory = (Laboratory(folder, folder / name) for name in ("whole", "left"))
+    undisturbed, laboratory = (FaultLaboratory(folder, folder / name) for name in ("whole", "left"))
     try:
         code, out = undisturbed.run(experiment="long.yaml")
         assert code == 0, out
@@ -38,14 +39,14 @@ def test_what_is_terminated_saves_within_its_epoch_and_goes_on_there(folder):
         code, out = finish(process)
         assert code == 128 + signal.SIGTERM, out
         assert "Traceback" not in out
-        left = [load_checkpoint(laboratory.checkpoints(arm, "long")[-1]) for arm in ("k-0", "k-1")]
+        left = [load_checkpoint(laboratory.last_checkpoint(arm, "long")) for arm in ("k-0", "k-1")]
         assert any(0 < len(c.partial.taken) < STEPS for c in left if c.partial), left
 
         code, out = laboratory.run(experiment="long.yaml")
         assert code == 0, out
         assert laboratory.outcome("long") == undisturbed.outcome("long")
         client = laboratory.client()
-        for run in laboratory.runs(name="long"):
+        for run in laboratory.runs(name="long")[1]:
             points = client.get_metric_history(run.info.run_id, "train/total")
             assert [point.step for point in points] == [1, 2]
     finally:
