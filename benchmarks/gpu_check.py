@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from frame import RESULTS, ROOT, environment, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
 from replay import Golden, trace, trace_detections  # noqa: E402
@@ -42,6 +39,7 @@ from codetr.detector import CoDETR  # noqa: E402
 from codetr.structures import ImageBatch, Targets  # noqa: E402
 
 HEADS: list[list[str]] = [[], ["atss"], ["atss", "faster_rcnn"]]
+LIBRARIES = ("torch", "torchvision", "timm")
 GOLDEN = ["co_deformable", *(f"co_deformable_edge/{c}" for c in ("empty1", "allempty", "trunc"))]
 TOLERANCE = 1e-3
 """Of a tensor's largest value: convolutions on a GPU sum in another order than on a CPU."""
@@ -51,13 +49,12 @@ def main() -> int:
     options = parse_arguments()
     # Compare in full float32; speed is measured in bf16.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    report: dict[str, Any] = {"date": datetime.now(UTC).isoformat(), "environment": environment()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    report: dict[str, Any] = {"environment": {**environment(LIBRARIES), "gpu": gpu}}
     report["golden"] = {name: check_golden(name, options.device) for name in GOLDEN}
     for precision in options.precisions:
         report[precision] = [measure(heads, precision, options) for heads in HEADS]
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"gpu_check-{datetime.now(UTC):%Y-%m-%d-%H%M}.json"
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    file = write_result("gpu_check", report, options.out)
     print(json.dumps(report, indent=1))
     print(f"written to {file}")
     failed = [name for name, result in report["golden"].items() if result["failures"]]
@@ -67,31 +64,13 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), help="height width")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--objects", type=int, default=7, help="in each image; COCO has 7.3")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     return parser.parse_args()
-
-
-def environment() -> dict[str, Any]:
-    import timm
-    import torchvision
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "gpu": gpu,
-    }
 
 
 def check_golden(name: str, device: str) -> dict[str, Any]:
