@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codetr.structures import Size
+from codetr.transfer import tensor_on
 
 EPS = 1e-6
 """Smallest area that an overlap is divided by (the original's value)."""
@@ -35,7 +36,8 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def extents(sizes: Sequence[Size], like: Tensor) -> Tensor:
     """(B, 4) width, height, width, height of B images, by which normalised boxes are scaled."""
-    return like.new_tensor([(width, height, width, height) for height, width in sizes])
+    sides = [(width, height, width, height) for height, width in sizes]
+    return tensor_on(like.device, sides, like.dtype)
 
 
 def normalise(boxes: Tensor, size: Size) -> Tensor:
@@ -111,13 +113,13 @@ def encode_deltas(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1,
     anchors, boxes = xyxy_to_cxcywh(anchors), xyxy_to_cxcywh(boxes)
     shift = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
     stretch = torch.log(boxes[..., 2:] / anchors[..., 2:])
-    return torch.cat((shift, stretch), -1) / shift.new_tensor(stds)
+    return torch.cat((shift, stretch), -1) / tensor_on(shift.device, stds, shift.dtype)
 
 
 def decode_deltas(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
     """The inverse of :func:`encode_deltas`: xyxy boxes from (..., 4) deltas at (..., 4) anchors."""
     anchors = xyxy_to_cxcywh(anchors)
-    deltas = deltas.float() * deltas.new_tensor(stds, dtype=torch.float32)
+    deltas = deltas.float() * tensor_on(deltas.device, stds, torch.float32)
     centres = anchors[..., :2] + anchors[..., 2:] * deltas[..., :2]
     stretch = deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     half = anchors[..., 2:] * stretch.exp() * 0.5

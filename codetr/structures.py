@@ -13,6 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from codetr.transfer import tensor_on
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -48,7 +50,7 @@ class ImageBatch(_Moves):
         """(B, H, W) bool, True where a pixel is padding."""
         height, width = self.pixels.shape[-2:]
         device = self.pixels.device
-        sizes = torch.tensor(self.sizes, device=device)
+        sizes = tensor_on(device, self.sizes)
         rows = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
         columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return rows | columns

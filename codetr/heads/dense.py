@@ -22,7 +22,7 @@ def conv_tower(channels: int, depth: int, groups: int) -> nn.Sequential:
         OrderedDict(
             conv=nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             norm=nn.GroupNorm(groups, channels),
-            act=nn.ReLU(),
+            act=nn.ReLU(inplace=True),
         )
         for _ in range(depth)
     ]

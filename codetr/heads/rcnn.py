@@ -114,7 +114,7 @@ class Rcnn(nn.Module):
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (R, classes + 1), background last, and deltas (R, classes, 4)."""
-        hidden = self.fc2(self.fc1(features.flatten(1)).relu()).relu()
+        hidden = self.fc2(self.fc1(features.flatten(1)).relu_()).relu_()
         deltas = self.reg(hidden).float().unflatten(1, (self.num_classes, 4))
         return self.cls(hidden).float(), deltas
 

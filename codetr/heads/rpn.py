@@ -51,7 +51,7 @@ class Rpn(nn.Module):
         init_convs(self)
 
     def forward(self, pyramid: Sequence[Tensor]) -> RpnPrediction:
-        hidden = [self.conv(level).relu() for level in pyramid]
+        hidden = [self.conv(level).relu_() for level in pyramid]
         return RpnPrediction(
             anchors_for(pyramid, self.strides, self.scales, self.config.ratios),
             flatten_maps([self.cls(h) for h in hidden], 1).squeeze(-1).float(),
@@ -126,7 +126,7 @@ class Rpn(nn.Module):
         proposals = []
         for image, size in enumerate(sizes):
             clipped = clip_boxes_to_image(boxes[image], size)
-            some = (clipped[:, 2:] > clipped[:, :2]).all(1)
+            some = (clipped[:, 2:] > clipped[:, :2]).all(1).nonzero().squeeze(1)
             clipped = clipped[some]
             kept = batched_nms(clipped, scores[image, some], levels[image, some], self.config.nms)
             proposals.append(clipped[kept[: self.config.keep]])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from codetr.boxes import inverse_sigmoid
 from codetr.config import QueryConfig, TransformerConfig
 from codetr.structures import GroupPrediction, Memory, QueryGroup
+from codetr.transfer import tensor_on
 from codetr.transformer.attention import DeformableAttention, SamplingFrame, feed_forward
 
 
@@ -116,9 +117,7 @@ def attention_mask(groups: list[QueryGroup], heads: int) -> Tensor | None:
         return None
     device = groups[0].content.device
     owner = torch.cat([torch.full((g.count,), i, device=device) for i, g in enumerate(groups)])
-    sees = torch.tensor(
-        [[a is b or b.name in a.sees for b in groups] for a in groups], device=device
-    )
+    sees = tensor_on(device, [[a is b or b.name in a.sees for b in groups] for a in groups])
     blocked = ~sees[owner][:, owner]
     if all(group.valid is None for group in groups):
         return blocked
@@ -160,5 +159,5 @@ def box_branch(channels: int, size_bias: float = 0.0) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     with torch.no_grad():
         last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-    hidden = (nn.Linear(channels, channels), nn.ReLU())
-    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(), last)
+    hidden = (nn.Linear(channels, channels), nn.ReLU(inplace=True))
+    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(inplace=True), last)
