@@ -159,6 +159,7 @@ class QueryConfig(Strict):
 class DenoisingConfig(Strict):
     """Contrastive denoising: noisy objects as further queries (DINO, section 3.3; method.md 24)."""
 
+    enabled: bool = False
     queries: PositiveInt = 100
     """Noisy copies of the objects, counted in pairs of a near and a far one: there are as many
     groups as fit, and at least one, where each holds the image with most objects of the batch."""
@@ -286,6 +287,9 @@ HEAD_TYPES = ("atss", "faster_rcnn")
 class SoftNmsConfig(Strict):
     """Linear Soft-NMS on the decoder's detections, class by class (method.md 58)."""
 
+    enabled: bool = False
+    """It chooses among the ``queries.count`` best pairs of query and class. Without it the best
+    pairs are the detections."""
     iou: Annotated[float, Field(gt=0, le=1)] = 0.8
     """From this overlap on with a better box, a score is multiplied by 1 - IoU."""
     min_score: Annotated[float, Field(ge=0, le=1)] = 0.001
@@ -299,8 +303,7 @@ class DetectorConfig(Strict):
     backbone: BackboneConfig = BackboneConfig()
     transformer: TransformerConfig = TransformerConfig()
     queries: QueryConfig = QueryConfig()
-    denoising: DenoisingConfig | None = None
-    """``{}`` takes its defaults; needs ``queries.dynamic_anchors``."""
+    denoising: DenoisingConfig = DenoisingConfig()
     heads: tuple[HeadConfig, ...] = ()
     """Auxiliary heads in order; ``heads: [atss, faster_rcnn]`` takes their defaults."""
     positive_queries: PositiveQueryConfig = PositiveQueryConfig()
@@ -311,9 +314,7 @@ class DetectorConfig(Strict):
     query_loss: QueryLossConfig = QueryLossConfig()
     matching_cost: BoxLossConfig = BoxLossConfig()
     max_detections: PositiveInt = 100
-    soft_nms: SoftNmsConfig | None = None
-    """``{}`` takes its defaults; it chooses among the ``queries.count`` best pairs of query and
-    class. None: no suppression, the best pairs are the detections."""
+    soft_nms: SoftNmsConfig = SoftNmsConfig()
 
     @field_validator("heads", mode="before")
     @classmethod
@@ -338,10 +339,10 @@ class DetectorConfig(Strict):
 
     @model_validator(mode="after")
     def _denoising_has_positions(self) -> Self:
-        if self.denoising and not self.queries.dynamic_anchors:
+        if self.denoising.enabled and not self.queries.dynamic_anchors:
             raise ValueError(
                 "denoising queries have no position but that of their boxes: set "
-                "queries.dynamic_anchors=true, or denoising=null"
+                "queries.dynamic_anchors=true, or denoising.enabled=false"
             )
         return self
 
@@ -380,7 +381,7 @@ class DetectorConfig(Strict):
         layers = self.transformer.decoder_layers
         terms = self.query_loss.weights()
         weights = {f"query/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
-        if self.denoising:
+        if self.denoising.enabled:
             weights |= {f"denoising/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
         if self.queries.two_stage:
             weights |= {f"encoder/{t}": w for t, w in terms.items()}

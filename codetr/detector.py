@@ -51,7 +51,7 @@ class CoDETR(nn.Module):
 
         # What training adds. Each part draws its initial weights from a stream of its own, so
         # that arms of an ablation start from the same detector.
-        if config.denoising:
+        if config.denoising.enabled:
             with forked_rng("denoising"):
                 self.denoising = DenoisingQueries(
                     config.denoising, channels, config.num_classes, config.queries.logit_eps
@@ -104,7 +104,7 @@ class CoDETR(nn.Module):
         pyramid = self.memory_pyramid(memory) if self.heads else []
         selection = self.queries(memory)
         groups = [selection.group]
-        if self.config.denoising:
+        if self.config.denoising.enabled:
             groups.append(self.denoising(batch.sizes, targets))
         losses: dict[str, Tensor] = {}
         for index, (name, head) in enumerate(zip(self.config.head_names, self.heads, strict=True)):
@@ -154,7 +154,7 @@ class CoDETR(nn.Module):
             return head.detect(self.memory_pyramid(memory), batch.sizes)
         prediction = self.decoder([self.queries(memory).group], memory)[QUERY]
         count, suppression = self.config.max_detections, self.config.soft_nms
-        if suppression is None:
+        if not suppression.enabled:
             return best_pairs(prediction, batch.sizes, count)
         pairs = best_pairs(prediction, batch.sizes, self.config.queries.count)
         return [

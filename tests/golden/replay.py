@@ -114,18 +114,18 @@ def _box_weights(losses: dict[str, Any]) -> dict[str, float]:
     return {term: losses[f"{term}_weight"] for term in ("cls", "l1", "giou")}
 
 
-def _denoising(denoising: dict[str, Any] | None) -> dict[str, Any] | None:
+def _denoising(denoising: dict[str, Any] | None) -> dict[str, Any]:
     if denoising is None:
-        return None
+        return {"enabled": False}
     assert denoising["dynamic_groups"]
-    return {k: v for k, v in denoising.items() if k != "dynamic_groups"}
+    return {"enabled": True} | {k: v for k, v in denoising.items() if k != "dynamic_groups"}
 
 
-def _soft_nms(test: dict[str, Any]) -> dict[str, Any] | None:
+def _soft_nms(test: dict[str, Any]) -> dict[str, Any]:
     if (soft_nms := test.get("soft_nms")) is None:
-        return None
+        return {"enabled": False}
     assert (soft_nms["method"], test["topk"]) == ("linear", "queries")
-    return {k: v for k, v in soft_nms.items() if k != "method"}
+    return {"enabled": True} | {k: v for k, v in soft_nms.items() if k != "method"}
 
 
 @dataclass
@@ -183,7 +183,7 @@ def trace(golden: Golden) -> Trace:
     batch, targets = golden.batch(), golden.targets()
     layers = [*model.encoder.layers, *model.decoder.layers]
     queries = [model.queries, model.queries.project_norm, model.queries.classify]
-    queries += [*model.positive_queries, *([model.denoising] if config.denoising else [])]
+    queries += [*model.positive_queries, *([model.denoising] if config.denoising.enabled else [])]
     parts = [model.backbone, model.neck, model.encoder, model.adapter, model.decoder]
     with (
         recorded_draws(golden.outputs) as unused,

@@ -45,7 +45,7 @@ def trace_queries(model: CoDETR, seen: Seen, batch: ImageBatch, targets: list[Ta
     for layer in range(len(query.logits)):
         one = GroupPrediction(query.logits[layer : layer + 1], query.boxes[layer : layer + 1])
         result |= _matches(f"layer{layer}", one, targets, batch, model)
-    if model.config.denoising:
+    if model.config.denoising.enabled:
         result |= _trace_denoising(model, seen)
     return result
 
