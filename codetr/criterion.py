@@ -33,7 +33,7 @@ def group_losses(
         layer_targets = [group.targets] * len(prediction.logits)
     else:
         layer_targets = match(prediction, targets, sizes, config.matching_cost)
-    terms = box_losses(prediction, layer_targets, sizes, config)
+    terms = box_losses(prediction, layer_targets, sizes, config, parts=group.parts)
     return {
         f"{group.name}/{layer}/{term}": values[layer]
         for term, values in terms.items()
@@ -95,12 +95,21 @@ def box_losses(
     targets: Sequence[KnownTargets],
     sizes: Sequence[Size],
     config: DetectorConfig,
+    *,
+    parts: int = 1,
 ) -> dict[str, Tensor]:
     """Classification, L1 and GIoU losses of all layers, (L,) each (method.md 33, 34).
 
     Each is divided by the number of positives of its layer over the whole batch of all ranks. L1
     is measured on normalised cxcywh, GIoU on pixels. Without a positive the box losses are zeros
     that still depend on the boxes, so that every parameter keeps a gradient.
+
+    Args:
+        prediction: of one group.
+        targets: of each layer.
+        sizes: valid (height, width) of each image in pixels.
+        config: of the detector; its kind of classification loss is read.
+        parts: of the group.
     """
     num_classes = prediction.logits.shape[-1]
     boxes = prediction.boxes.float()
@@ -108,7 +117,9 @@ def box_losses(
     wanted = torch.stack([t.boxes for t in targets])
     label_weights = torch.stack([t.label_weights for t in targets])
     is_object = (labels < num_classes) & (label_weights > 0)
-    positives = normaliser(is_object.flatten(1).sum(1))
+    # How many parts a group has depends on the whole batch, the positives of one part on this rank's
+    # images alone: only these may be counted before the batch is known (see PartCounts).
+    positives = normaliser(is_object.flatten(1).sum(1) / parts) * parts
 
     corners, wanted_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)
     rows = [prediction.logits.flatten(1, 2), labels.flatten(1), label_weights.flatten(1)]
