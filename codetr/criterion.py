@@ -117,8 +117,8 @@ def box_losses(
     wanted = torch.stack([t.boxes for t in targets])
     label_weights = torch.stack([t.label_weights for t in targets])
     is_object = (labels < num_classes) & (label_weights > 0)
-    # How many parts a group has depends on the whole batch, the positives of one part on this rank's
-    # images alone: only these may be counted before the batch is known (see PartCounts).
+    # How many parts a group has depends on the whole batch; the positives of one part depend on the
+    # images alone, and may be counted before the batch is known (see PartCounts).
     positives = normaliser(is_object.flatten(1).sum(1) / parts) * parts
 
     corners, wanted_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)
