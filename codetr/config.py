@@ -130,12 +130,44 @@ class QueryConfig(Strict):
     """Each decoder layer refines the boxes of the one before."""
     look_forward_twice: bool = True
     """The gradient of a layer's boxes also reaches the layer before it (DINO, section 3.5)."""
+    rank_by: Literal["objectness", "best_class"] = "objectness"
+    """Which encoder tokens become queries. ``objectness``: by the logit of class 0, which the
+    encoder's loss trains as "any object" at all tokens (Deformable DETR). ``best_class``: by the
+    highest logit; the encoder's loss trains the chosen tokens with their own classes (DINO)."""
+    dynamic_anchors: bool = False
+    """Positions are computed anew at each layer, from the boxes as they are there (DAB-DETR, DINO);
+    False: each query keeps one position."""
+    norm_states: bool = False
+    """A layer's classes and boxes are read from its layer-normalised state, while the next layer
+    starts from boxes refined by the plain one (DINO; method.md 22)."""
+    logit_eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    """Odds of box coordinates are at least this before their logarithm is taken; DINO: 0.001."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.two_stage and not self.box_refinement:
             raise ValueError("two_stage needs box_refinement: set box_refinement=true")
+        if self.rank_by == "best_class" and not self.two_stage:
+            raise ValueError("rank_by=best_class ranks encoder tokens: set two_stage=true")
+        if self.dynamic_anchors and not self.two_stage:
+            raise ValueError("dynamic_anchors need boxes to start from: set two_stage=true")
+        if self.dynamic_anchors and not self.mixed_selection:
+            raise ValueError("dynamic_anchors need learned content: set mixed_selection=true")
         return self
+
+
+class DenoisingConfig(Strict):
+    """Contrastive denoising: noisy objects as further queries (DINO, section 3.3; method.md 24)."""
+
+    enabled: bool = False
+    queries: PositiveInt = 100
+    """Noisy copies of the objects, counted in pairs of a near and a far one: there are as many
+    groups as fit, and at least one, where each holds the image with most objects of the batch."""
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Half of it is the probability that a label is replaced by a random one."""
+    box_noise: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """A corner moves by less than this share of half the box, and by that much more in the far
+    copy, whose target is background."""
 
 
 class BoxLossConfig(Strict):
@@ -145,6 +177,18 @@ class BoxLossConfig(Strict):
     l1: NonNegativeFloat = 5.0
     giou: NonNegativeFloat = 2.0
 
+    def weights(self) -> dict[str, float]:
+        """Weight of each term by its name."""
+        return {term: getattr(self, term) for term in BoxLossConfig.model_fields}
+
+
+class QueryLossConfig(BoxLossConfig):
+    """The losses of the decoder's queries, and of the encoder's proposals (method.md 34)."""
+
+    classification: Literal["focal", "quality_focal"] = "focal"
+    """``quality_focal``: the target of the right class is the IoU of the predicted box (GFL,
+    equation 2); Co-DINO, where ``cls`` is 1."""
+
 
 class PositiveQueryConfig(Strict):
     """Customised positive queries (section 3.3, equation 4; method.md 47-56)."""
@@ -153,8 +197,10 @@ class PositiveQueryConfig(Strict):
     max: PositiveInt = 300
     """At most this many of one head's positives become queries, a random subset of them."""
     min: PositiveInt = 9
-    padding: Literal["negatives", "mask"] = "negatives"
-    """What brings an image with fewer positives to the batch's number of queries."""
+    padding: Literal["negatives", "mask", "zeros"] = "negatives"
+    """What brings an image with fewer positives to the batch's number of queries: random negatives;
+    queries that nobody sees; or, as the original Co-DINO can be set to, queries with empty boxes
+    that all others see. The last two have no loss of their own (method.md 49, 50)."""
     features: bool = True
     """Add the feature term of equation 4 to the content."""
     official_defects: bool = False
@@ -238,6 +284,18 @@ HeadConfig = Annotated[AtssConfig | FasterRcnnConfig, Field(discriminator="type"
 HEAD_TYPES = ("atss", "faster_rcnn")
 
 
+class SoftNmsConfig(Strict):
+    """Linear Soft-NMS on the decoder's detections, class by class (method.md 58)."""
+
+    enabled: bool = False
+    """It chooses among the ``queries.count`` best pairs of query and class. Without it the best
+    pairs are the detections."""
+    iou: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """From this overlap on with a better box, a score is multiplied by 1 - IoU."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Detections whose score falls below it are dropped."""
+
+
 class DetectorConfig(Strict):
     """A Co-DETR detector; an empty list of heads is its DETR baseline (K = 0)."""
 
@@ -245,6 +303,7 @@ class DetectorConfig(Strict):
     backbone: BackboneConfig = BackboneConfig()
     transformer: TransformerConfig = TransformerConfig()
     queries: QueryConfig = QueryConfig()
+    denoising: DenoisingConfig = DenoisingConfig()
     heads: tuple[HeadConfig, ...] = ()
     """Auxiliary heads in order; ``heads: [atss, faster_rcnn]`` takes their defaults."""
     positive_queries: PositiveQueryConfig = PositiveQueryConfig()
@@ -252,9 +311,10 @@ class DetectorConfig(Strict):
     """Weight of the losses of the positive queries (equation 6)."""
     lambda_2: NonNegativeFloat = 2.0
     """Weight of the auxiliary heads' losses (equation 6)."""
-    query_loss: BoxLossConfig = BoxLossConfig()
+    query_loss: QueryLossConfig = QueryLossConfig()
     matching_cost: BoxLossConfig = BoxLossConfig()
     max_detections: PositiveInt = 100
+    soft_nms: SoftNmsConfig = SoftNmsConfig()
 
     @field_validator("heads", mode="before")
     @classmethod
@@ -274,6 +334,15 @@ class DetectorConfig(Strict):
             raise ValueError(
                 f"transformer.levels={self.transformer.levels} is fewer than the "
                 f"{len(self.backbone.stages)} backbone.stages: every stage is a level"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_has_positions(self) -> Self:
+        if self.denoising.enabled and not self.queries.dynamic_anchors:
+            raise ValueError(
+                "denoising queries have no position but that of their boxes: set "
+                "queries.dynamic_anchors=true, or denoising.enabled=false"
             )
         return self
 
@@ -305,13 +374,15 @@ class DetectorConfig(Strict):
     def loss_weights(self) -> dict[str, float]:
         """Effective weight of every loss term in the total (equation 6).
 
-        Names: ``query/LAYER/TERM``, ``encoder/TERM``, ``positive/HEAD/LAYER/TERM`` and
-        ``HEAD/TERM``. The heads' losses stand inside equation 6's sum over the L decoder layers,
-        so each carries the factor L * lambda_2.
+        Names: ``query/LAYER/TERM``, ``denoising/LAYER/TERM``, ``encoder/TERM``,
+        ``positive/HEAD/LAYER/TERM`` and ``HEAD/TERM``. The heads' losses stand inside equation
+        6's sum over the L decoder layers, so each carries the factor L * lambda_2.
         """
         layers = self.transformer.decoder_layers
-        terms = self.query_loss.model_dump()
+        terms = self.query_loss.weights()
         weights = {f"query/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
+        if self.denoising.enabled:
+            weights |= {f"denoising/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
         if self.queries.two_stage:
             weights |= {f"encoder/{t}": w for t, w in terms.items()}
         for name, head in zip(self.head_names, self.heads, strict=True):

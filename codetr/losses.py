@@ -43,6 +43,29 @@ def sigmoid_focal_loss(
     return _weighted_sum(loss.sum(1), weights)
 
 
+def quality_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    quality: Tensor,
+    weights: Tensor | None = None,
+    *,
+    beta: float = 2.0,
+) -> Tensor:
+    """Focal loss whose positive target is a quality instead of 1 (GFL, equation 2).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64; C means background.
+        quality: (N,) in [0, 1], the target of the label's own logit; not read for background.
+        weights: (N,) weight of each row; None for 1.
+    """
+    logits = logits.float()
+    targets = one_hot(labels, logits.shape[1]) * quality[:, None]
+    loss = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    loss = loss * (targets - logits.sigmoid()).abs() ** beta
+    return _weighted_sum(loss.sum(1), weights)
+
+
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of (N,) logits with (N,) targets in [0, 1]."""
     return functional.binary_cross_entropy_with_logits(

@@ -185,24 +185,28 @@ class QueryGroup:
     """Queries that enter the decoder together and see one another.
 
     Attributes:
-        name: ``query`` for the one-to-one queries, ``positive/HEAD`` for a head's positives.
+        name: ``query`` for the one-to-one queries, ``denoising`` for noisy objects,
+            ``positive/HEAD`` for a head's positives.
         content: (B, Q, C).
-        position: (B, Q, C) added to queries and keys of the attention.
+        position: (B, Q, C) added to queries and keys of the attention; None where the decoder
+            computes it at each layer from the boxes (``queries.dynamic_anchors``).
         reference: (B, Q, 4) starting boxes, normalised cxcywh.
         points: the starting references are points only: width and height are not yet known, so
             offsets are in cells of the maps, not in fractions of the box (method.md 11).
         targets: known targets, or None where the criterion finds them by Hungarian matching.
         sees: names of other groups whose queries these may attend to.
+        parts: so many equal parts, laid end to end, do not see one another.
         valid: (B, Q) bool, False where a query is mere padding that none may attend to; None: all.
     """
 
     name: str
     content: Tensor
-    position: Tensor
+    position: Tensor | None
     reference: Tensor
     points: bool = False
     targets: KnownTargets | None = None
     sees: tuple[str, ...] = ()
+    parts: int = 1
     valid: Tensor | None = None
 
     @property

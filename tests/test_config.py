@@ -45,6 +45,33 @@ def test_weights_of_equation_6() -> None:
     assert weights["faster_rcnn/rcnn_giou"] == 120
 
 
+def test_denoising_is_weighted_as_the_query_losses() -> None:
+    weights = detector(
+        queries={"dynamic_anchors": True},
+        denoising={"enabled": True},
+        query_loss={"classification": "quality_focal", "cls": 1.0},
+    ).loss_weights()
+    assert {weights[f"denoising/{layer}/cls"] for layer in range(6)} == {1.0}
+    assert weights["denoising/0/l1"] == weights["query/0/l1"] == 5
+    assert not any("classification" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("stages", "levels", "strides"),
+    [
+        ((1, 2, 3, 4), 4, (4, 8, 16, 32)),
+        ((1, 2, 3, 4), 5, (4, 8, 16, 32, 64)),
+        ((2, 3, 4), 5, (8, 16, 32, 64, 128)),
+    ],
+)
+def test_levels_from_stride_4_or_8(
+    stages: tuple[int, ...], levels: int, strides: tuple[int, ...]
+) -> None:
+    config = detector(backbone={"stages": stages}, transformer={"levels": levels})
+    assert config.strides == strides
+    assert config.head_strides == (*strides, 2 * strides[-1])
+
+
 def test_one_stage_has_no_encoder_loss() -> None:
     weights = detector(queries={"two_stage": False}).loss_weights()
     assert not any(name.startswith("encoder/") for name in weights)
@@ -75,6 +102,28 @@ def test_repeated_heads_have_names_of_their_own() -> None:
             "transformer.levels=2 is fewer than the 3 backbone.stages",
         ),
         ({"queries": {"box_refinement": False}}, "set box_refinement=true"),
+        (
+            {"queries": {"two_stage": False, "rank_by": "best_class"}},
+            "queries: rank_by=best_class ranks encoder tokens: set two_stage=true",
+        ),
+        (
+            {"queries": {"two_stage": False, "dynamic_anchors": True}},
+            "queries: dynamic_anchors need boxes to start from: set two_stage=true",
+        ),
+        (
+            {"queries": {"mixed_selection": False, "dynamic_anchors": True}},
+            "queries: dynamic_anchors need learned content: set mixed_selection=true",
+        ),
+        ({"queries": {"logit_eps": 0.5}}, "queries.logit_eps: Input should be less than 0.5"),
+        (
+            {"denoising": {"enabled": True}},
+            "set queries.dynamic_anchors=true, or denoising.enabled=false",
+        ),
+        ({"denoising": {"groups": 3}}, "denoising: unknown key 'groups'"),
+        ({"denoising": {"label_noise": 1.5}}, "denoising.label_noise"),
+        ({"soft_nms": {"iou": 0}}, "soft_nms.iou"),
+        ({"query_loss": {"classification": "qfl"}}, "query_loss.classification"),
+        ({"matching_cost": {"classification": "focal"}}, "matching_cost: unknown key"),
         ({"backbone": {"stages": [3, 2]}}, "stages must be increasing"),
         ({"backbone": {"name": "resnet52"}}, "backbone.name"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import FASTER_RCNN, tiny_detector
 
-from codetr.config import DetectorConfig
+from codetr.config import DenoisingConfig, DetectorConfig
 from codetr.detector import CoDETR, best_pairs
 from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
 
@@ -39,15 +39,19 @@ def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Target
     return CoDETR(config).train()(batch, targets)
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
+VARIANTS = {"one-stage": {}, "two-stage": {"two_stage": True}, "dino": {"dino": True}}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@variants
 @pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0), (0, 0)], ids=["full", "one empty", "empty"])
 def test_every_trainable_parameter_gets_a_gradient(
-    heads: list, two_stage: bool, counts: tuple[int, int]
+    heads: list, variant: dict[str, bool], counts: tuple[int, int]
 ) -> None:
     batch = images([(64, 96), (48, 64)])
     targets = [objects(n, s, i) for i, (n, s) in enumerate(zip(counts, batch.sizes, strict=True))]
-    model = CoDETR(tiny_detector(*heads, two_stage=two_stage)).train()
+    model = CoDETR(tiny_detector(*heads, **variant)).train()
     output = model(batch, targets)
     output.total.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -55,10 +59,11 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@variants
 @pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
-def test_loss_terms_are_those_of_the_plan(heads: list) -> None:
+def test_loss_terms_are_those_of_the_plan(heads: list, variant: dict[str, bool]) -> None:
     """Names agree with the configuration's weights, and the total is their weighted sum."""
-    config = tiny_detector(*heads, two_stage=True)
+    config = tiny_detector(*heads, **variant)
     batch = images([(64, 64)])
     output = train_losses(config, batch, [objects(3, (64, 64))])
     weights = config.loss_weights()
@@ -82,6 +87,36 @@ def test_arms_start_from_the_same_detector() -> None:
     )
 
 
+def test_denoising_changes_no_other_loss() -> None:
+    """No other query sees the noisy objects; theirs are the only terms that are added."""
+    batch = images([(64, 96), (48, 64)])
+    targets = [objects(4, (64, 96)), objects(1, (48, 64), 1)]
+    config = tiny_detector("atss", dino=True)
+    without = config.model_copy(update={"denoising": DenoisingConfig()})
+    losses, others = (train_losses(c, batch, targets).losses for c in (config, without))
+    assert {name for name in losses if name not in others} == {
+        f"denoising/{layer}/{term}" for layer in range(2) for term in ("cls", "l1", "giou")
+    }
+    for name, value in others.items():
+        torch.testing.assert_close(losses[name], value, msg=name)
+
+
+def test_soft_nms_lowers_the_scores_of_overlapping_detections() -> None:
+    config = tiny_detector(dino=True)
+    batch = images([(64, 96)])
+    found = {}
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        soft_nms = config.soft_nms.model_copy(update={"enabled": enabled, "iou": 0.1})
+        model = CoDETR(config.model_copy(update={"soft_nms": soft_nms})).eval()
+        model.decoder.regress[-1][-1].bias.data[2:] += 2.0  # untrained boxes are too small to meet
+        (found[enabled],) = model(batch)
+    assert len(found[True]) <= config.queries.count < len(found[False])
+    pairs = found[False].scores[: config.queries.count]
+    assert found[True].scores[0] == pairs[0]
+    assert found[True].scores.sum() < pairs.sum()
+
+
 def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
     batch, targets = images([(64, 96)]), [objects(4, (64, 96))]
     alone = train_losses(tiny_detector("atss"), batch, targets).losses
@@ -90,11 +125,14 @@ def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
         torch.testing.assert_close(beside[name], value, msg=name)
 
 
-def test_heads_cost_nothing_at_inference() -> None:
+@variants
+def test_what_training_adds_costs_nothing_at_inference(variant: dict[str, bool]) -> None:
+    """Neither heads nor denoising change detections or the parameters that inference uses."""
     torch.manual_seed(0)
-    plain = CoDETR(tiny_detector()).eval()
+    config = tiny_detector(**variant)
+    plain = CoDETR(config.model_copy(update={"denoising": DenoisingConfig()})).eval()
     torch.manual_seed(0)
-    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN, **variant)).eval()
     batch = images([(64, 96), (48, 64)])
     for one, other in zip(plain(batch), collaborative(batch), strict=True):
         assert torch.equal(one.boxes, other.boxes)
@@ -103,11 +141,11 @@ def test_heads_cost_nothing_at_inference() -> None:
     assert counts[0] == counts[1] == sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
+@variants
+def test_what_lies_in_the_padding_is_never_read(variant: dict[str, bool]) -> None:
     """An image's memory and queries are the same alone and beside a larger image."""
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector(two_stage=two_stage)).eval().double()
+    model = CoDETR(tiny_detector(**variant)).eval().double()
     sizes = [(64, 64), (64, 128)]
     maps = [torch.randn(2, 32, 64 // s, 128 // s, dtype=torch.double) for s in (8, 16, 32)]
     together = model.encoder(maps, images(sizes))
@@ -115,11 +153,11 @@ def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
     valid = ~together.padding[0]
     torch.testing.assert_close(together.tokens[:1, valid], alone.tokens)
 
-    selections = [model.queries(memory) for memory in (together, alone)]
-    if two_stage:  # tokens in the padding may be selected, but do not change the others' scores
-        logits = [selection.proposals.logits[0, 0] for selection in selections]
+    if variant:  # tokens in the padding may be selected, but do not change the others' scores
+        logits = [model.queries._propose(memory)[0][0] for memory in (together, alone)]
         torch.testing.assert_close(logits[0][valid], logits[1])
         return
+    selections = [model.queries(memory) for memory in (together, alone)]
     boxes = [
         model.decoder([selection.group], memory)["query"].boxes[:, 0]
         for selection, memory in zip(selections, (together, alone), strict=True)
@@ -127,10 +165,11 @@ def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
     torch.testing.assert_close(boxes[0], boxes[1])
 
 
+@variants
 @pytest.mark.parametrize("branch", ["query", "atss", "faster_rcnn"])
-def test_every_branch_detects_within_the_image(branch: str) -> None:
+def test_every_branch_detects_within_the_image(branch: str, variant: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    model = CoDETR(tiny_detector("atss", FASTER_RCNN, **variant)).eval()
     batch = images([(64, 96), (48, 64)])
     for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
         assert isinstance(found, Detections)
@@ -151,9 +190,9 @@ def test_training_needs_targets() -> None:
         CoDETR(tiny_detector()).train()(images([(32, 32)]))
 
 
-@pytest.mark.parametrize("padding", ["negatives", "mask"])
+@pytest.mark.parametrize("padding", ["negatives", "mask", "zeros"])
 def test_images_with_fewer_positives_are_filled(padding: str) -> None:
-    """Both ways of filling give the batch one number of queries, and gradients to all."""
+    """All ways of filling give the batch one number of queries, and gradients to all."""
     config = tiny_detector("atss", FASTER_RCNN)
     positive = config.positive_queries.model_copy(update={"padding": padding})
     config = config.model_copy(update={"positive_queries": positive})
@@ -172,9 +211,10 @@ def test_positive_queries_can_be_off() -> None:
     assert not any(name.startswith("positive/") for name in losses)
 
 
-def test_bf16_autocast() -> None:
+@variants
+def test_bf16_autocast(variant: dict[str, bool]) -> None:
     batch, targets = images([(64, 96)]), [objects(3, (64, 96))]
-    config = tiny_detector("atss", FASTER_RCNN, two_stage=True)
+    config = tiny_detector("atss", FASTER_RCNN, **variant)
     exact = train_losses(config, batch, targets)
     with torch.autocast("cpu", torch.bfloat16):
         rough = train_losses(config, batch, targets)
@@ -183,9 +223,10 @@ def test_bf16_autocast() -> None:
     torch.testing.assert_close(rough.total, exact.total, rtol=0.1, atol=0.0)
 
 
-def test_draws_belong_to_the_image() -> None:
+@variants
+def test_draws_belong_to_the_image(variant: dict[str, bool]) -> None:
     """The same image gives the same queries in whatever batch it is."""
-    config = tiny_detector(FASTER_RCNN)
+    config = tiny_detector(FASTER_RCNN, **variant)
     batch, targets = images([(64, 64)]), [objects(3, (64, 64))]
     torch.manual_seed(5)
     model = CoDETR(config).train()

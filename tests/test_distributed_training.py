@@ -34,6 +34,10 @@ CASES = {
     for two_stage in (False, True)
     for where, objects in OBJECTS.items()
 }
+CASES |= {
+    f"K = 2, DINO, objects on {where}": (tiny_detector(*K2, dino=True), objects)
+    for where, objects in OBJECTS.items()
+}
 
 
 def share(batch):

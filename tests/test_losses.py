@@ -32,6 +32,33 @@ def test_focal_loss_counts_rows_by_weight() -> None:
     torch.testing.assert_close(weighted, rows[0] + 2 * rows[1])
 
 
+@given(st.floats(-20, 20), st.floats(0, 1), st.integers(0, 2))
+def test_quality_focal_loss_is_the_papers_formula(logit: float, quality: float, label: int) -> None:
+    """Equation 2 of GFL in double precision: -|y - p|^2 ((1 - y) log(1 - p) + y log p)."""
+    logits = torch.tensor([[logit, -logit]])
+    expected = 0.0
+    for cls, x in enumerate((logit, -logit)):
+        y, log_p, log_not_p = quality * (cls == label), -softplus(-x), -softplus(x)
+        expected -= (y - math.exp(log_p)) ** 2 * ((1 - y) * log_not_p + y * log_p)
+    loss = losses.quality_focal_loss(logits, torch.tensor([label]), torch.tensor([quality]))
+    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def test_quality_focal_loss_vanishes_only_at_the_quality() -> None:
+    """Its minimum is where the probability is the quality, and background wants none."""
+    logits = torch.tensor([[0.4, 1e-9], [1e-9, 1e-9]]).logit()
+    labels, quality = torch.tensor([0, 2]), torch.tensor([0.4, 0.7])
+    assert losses.quality_focal_loss(logits, labels, quality).item() == pytest.approx(0, abs=1e-9)
+    assert losses.quality_focal_loss(logits, labels, quality + 0.1).item() > 1e-3
+    weighted = losses.quality_focal_loss(logits + 1, labels, quality, torch.tensor([0.0, 3.0]))
+    alone = losses.quality_focal_loss(logits[1:] + 1, labels[1:], quality[1:])
+    torch.testing.assert_close(weighted, 3 * alone)
+
+
 def test_giou_loss_is_torchvisions_but_for_eps() -> None:
     a = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 9.0, 8.0], [30.0, 30.0, 40.0, 35.0]])
     b = torch.tensor([[2.0, 1.0, 12.0, 9.0], [5.0, 5.0, 9.0, 8.0], [0.0, 0.0, 4.0, 4.0]])
@@ -50,6 +77,7 @@ def test_l1_loss_sums_coordinates() -> None:
     "loss",
     [
         lambda x, n: losses.sigmoid_focal_loss(x, torch.full((n,), 4)),
+        lambda x, n: losses.quality_focal_loss(x, torch.zeros(n).long(), torch.ones(n)),
         lambda x, n: losses.cross_entropy(x, torch.zeros(n, dtype=torch.int64)),
         lambda x, n: losses.binary_cross_entropy(x[:, 0], torch.ones(n)),
         lambda x, n: losses.l1_loss(x, torch.zeros(n, 4)),

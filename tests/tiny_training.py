@@ -19,7 +19,24 @@ FASTER_RCNN = {
 }
 
 
-def tiny_detector(*heads: Any, two_stage: bool = False, frozen_norm: bool = True) -> DetectorConfig:
+DINO = {
+    "queries": {
+        "count": 12,
+        "rank_by": "best_class",
+        "dynamic_anchors": True,
+        "norm_states": True,
+        "logit_eps": 1e-3,
+    },
+    "denoising": {"enabled": True, "queries": 6},
+    "query_loss": {"classification": "quality_focal", "cls": 1.0},
+    "soft_nms": {"enabled": True},
+}
+"""Settings that make the tiny detector a DINO."""
+
+
+def tiny_detector(
+    *heads: Any, two_stage: bool = False, frozen_norm: bool = True, dino: bool = False
+) -> DetectorConfig:
     """Strides 8 to 32, 32 channels, 1 + 2 layers, 12 queries; ``heads`` of small samples."""
     return DetectorConfig.model_validate(
         {
@@ -42,7 +59,8 @@ def tiny_detector(*heads: Any, two_stage: bool = False, frozen_norm: bool = True
             },
             "queries": {"count": 12, "two_stage": two_stage},
             "heads": heads,
-            "positive_queries": {"max": 20},
+            "positive_queries": {"max": 20, "features": not dino},
+            **(DINO if dino else {}),
         }
     )
 

@@ -26,7 +26,8 @@ def from_official_names(state: Mapping[str, Tensor], config: DetectorConfig) -> 
 
     Args:
         state: the official detector's parameters and buffers.
-        config: of the same detector; ``positive_queries.official_defects`` must be set.
+        config: of the same detector; where queries keep their positions (Co-Deformable-DETR),
+            ``positive_queries.official_defects`` must be set.
 
     Raises:
         KeyError: names that this detector does not have, all of them.
@@ -52,19 +53,23 @@ def to_official_names(state: Mapping[str, Tensor], config: DetectorConfig) -> St
 
 def prefixes(config: DetectorConfig) -> Prefixes:
     """(official, ours): how the names of each part of the detector begin."""
+    return [("backbone.", "backbone.body."), *_neck(config), *_query_head(config), *_heads(config)]
+
+
+def _query_head(config: DetectorConfig) -> Prefixes:
+    """What reads the neck's maps: encoder, decoder, queries, and the heads' adapter."""
     layers = config.transformer.decoder_layers
+    content = "transformer.query_embed" if config.queries.dynamic_anchors else "query_embedding"
     return [
-        ("backbone.", "backbone.body."),
-        *_neck(config),
         *_transformer(config),
         # The branch beyond those of the decoder layers is the encoder's.
         (f"query_head.cls_branches.{layers}.", "queries.classify."),
         (f"query_head.reg_branches.{layers}.", "queries.regress."),
         ("query_head.cls_branches.", "decoder.classify."),
         ("query_head.reg_branches.", "decoder.regress."),
-        ("query_head.query_embedding.", "queries.content."),
+        (f"query_head.{content}.", "queries.content."),
+        ("query_head.label_embedding.", "denoising.label_embedding."),
         ("query_head.downsample.", "adapter.downsample."),
-        *_heads(config),
     ]
 
 
@@ -98,6 +103,8 @@ def _transformer(config: DetectorConfig) -> Iterable[tuple[str, str]]:
                 ("norms.", "norms."),
             ):
                 yield f"{root}.{part}.layers.{layer}.{official}", f"{part}.layers.{layer}.{ours}"
+    yield f"{root}.decoder.ref_point_head.", "decoder.anchor_position."
+    yield f"{root}.decoder.norm.", "decoder.norm."
     yield f"{root}.enc_output.", "queries.project."
     yield f"{root}.enc_output_norm.", "queries.project_norm."
     yield f"{root}.pos_trans.", "queries.position."
