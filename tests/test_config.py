@@ -11,10 +11,10 @@ import pytest
 
 from codetr.config import (
     AtssConfig,
-    BackboneConfig,
     ConfigError,
     DetectorConfig,
     FasterRcnnConfig,
+    ResNetConfig,
     parse,
     read_yaml,
 )
@@ -103,10 +103,10 @@ def test_reading_yaml(tmp_path: Path, content: str | None, message: str | None) 
 
 
 def test_tiny_backbone_has_no_published_weights() -> None:
-    from codetr.backbones import Backbone
+    from codetr.backbones import build_backbone
 
     with pytest.raises(ConfigError, match=r"backbone\.pretrained=false"):
-        Backbone(BackboneConfig(name="tiny"))
+        build_backbone(ResNetConfig(name="tiny"))
 
 
 def test_configuration_needs_no_torch() -> None:
