@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm
 import torch
 from timm.models import load_state_dict_from_hf
@@ -103,15 +101,16 @@ def _named(config: ResNetConfig | SwinConfig | VitConfig) -> str:
 
 
 def _from_hub(name: str) -> State:
-    known: Any = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if known is None or not known.hf_hub_id:
-        hint = nearest(name, timm.list_pretrained())
+    published = timm.list_pretrained()
+    if name not in published:
+        hint = nearest(name, published)
         raise ConfigError(f"backbone.weights: timm has no weights '{name}'; {hint}")
+    hub_id = timm.get_pretrained_cfg(name).hf_hub_id
     try:
-        return load_state_dict_from_hf(known.hf_hub_id, weights_only=True)
+        return load_state_dict_from_hf(hub_id, weights_only=True)
     except Exception as error:  # the hub's client raises whatever its transport raises
         raise ConfigError(
             f"cannot download timm's weights of '{name}' ({type(error).__name__}): set "
             f"backbone.pretrained to a file that holds them, such as model.safetensors of "
-            f"https://huggingface.co/{known.hf_hub_id}, or to false"
+            f"https://huggingface.co/{hub_id}, or to false"
         ) from error

@@ -26,9 +26,9 @@ class ResNet(Backbone):
     """A timm ResNet; its stages' outputs, with stages and batch norm frozen as configured."""
 
     def __init__(self, config: ResNetConfig) -> None:
+        state = pretrained_state(config)
         body = _build(config)
         super().__init__(body, body.feature_info.channels())
-        state = pretrained_state(config)
         if state is not None:
             load_weights(body, _without_classifier(state, body), config)
         stem = ["conv1", "bn1"] if config.frozen_stages >= 0 else []

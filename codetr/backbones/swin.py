@@ -18,9 +18,9 @@ class Swin(Backbone):
     """A Swin transformer; its stages' outputs, each through a layer norm of its own."""
 
     def __init__(self, config: SwinConfig) -> None:
+        state = pretrained_state(config)
         body = SwinBody(config)
         super().__init__(body, [config.width * 2 ** (stage - 1) for stage in config.stages])
-        state = pretrained_state(config)
         if state is not None:
             load_weights(body, _adapt(state, body), config, new=("norms.",))
         # A stage's patch merging is, with timm, the beginning of the next one.

@@ -31,15 +31,20 @@ class Vit(Backbone):
     """The original pads to whole cells of the pyramid's level of stride 32."""
 
     def __init__(self, config: VitConfig) -> None:
+        state = pretrained_state(config)
         body = VitBody(config)
         super().__init__(body, [config.width])
-        state = pretrained_state(config)
         if state is not None:
             load_weights(body, _adapt(state, config), config, new=("norm.",))
         if config.frozen_stages >= 0:
             self.freeze(body.patch_embed)
             body.pos_embed.requires_grad_(False)
         self.freeze(*body.blocks[: max(0, config.frozen_stages)])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        body: VitBody = self.body  # type: ignore[assignment]
+        return body.blocks
 
 
 class VitBody(nn.Module):
