@@ -8,6 +8,7 @@ the official files hold beyond parameters follows from the configuration: :func:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from timm.layers import RotaryEmbeddingCat
@@ -24,6 +25,10 @@ PREFIXES = ("backbone.", "neck.")
 """How all names of these parts begin, on both sides."""
 
 _AFFINE = ("weight", "bias")
+
+# Models trained on one canvas (LVIS) also store the rotations of all its cells. They are those that
+# we compute for an image of that size, and are not exported again.
+_ROPE = re.compile(r"backbone\.(rope_(win|glb)|blocks\.\d+\.attn\.rope)\.freqs_(cos|sin)")
 
 
 def backbone_names(config: DetectorConfig) -> Names:
@@ -52,7 +57,11 @@ def backbone_from_official(state: Mapping[str, Tensor], config: DetectorConfig) 
         KeyError: names that this backbone or neck does not have, all of them.
     """
     derived = derived_buffer_names(config)
-    parameters = {name: value for name, value in state.items() if name not in derived}
+    parameters = {
+        name: value
+        for name, value in state.items()
+        if name not in derived and not _ROPE.fullmatch(name)
+    }
     return _rename(parameters, backbone_names(config), config, "backbone.", "backbone.body.")
 
 

@@ -124,6 +124,20 @@ def test_derived_buffers_are_the_recorded_ones() -> None:
     assert rope_of_blocks == {str(n) for n in range(24) if n % 4 != 3}
 
 
+def test_rotations_of_a_whole_canvas_are_dropped() -> None:
+    """Those of the LVIS model, for images of 1536 pixels, are those of our global blocks."""
+    vit = {"name": "eva02_large", "window": 16, "global_every": 3, "pretrained": False}
+    config = parse(DetectorConfig, {"backbone": vit}, "test")
+    owners = ["rope_glb", *(f"blocks.{n}.attn.rope" for n in range(2, 24, 3))]
+    canvas = {
+        f"backbone.{owner}.freqs_{kind}": torch.ones(96 * 96, 64)
+        for owner in owners
+        for kind in ("cos", "sin")
+    }
+    assert not canvas.keys() & derived_buffers(config).keys()
+    assert backbone_from_official(canvas | derived_buffers(config), config) == {}
+
+
 @pytest.mark.parametrize("model", ["co_dino_swin_l", "co_dino_vit_l"])
 def test_unknown_names_are_listed(model: str) -> None:
     config = config_of(model)
