@@ -334,6 +334,14 @@ class TrainingConfig(Strict):
     loader_workers: NonNegativeInt = 0
     """Processes that load images, for each training worker."""
 
+    def require_fitting(self, detector: DetectorConfig) -> None:
+        """Raise a ConfigError if the detector cannot be trained so."""
+        if self.layer_decay < 1 and not isinstance(detector.backbone, VitConfig):
+            raise ConfigError(
+                f"training.layer_decay={self.layer_decay:g} lowers the rates of a ViT's blocks, "
+                f"and '{detector.backbone.name}' is none: set training.layer_decay=1"
+            )
+
 
 class DataConfig(Strict):
     """Where the images are and how they are augmented (method.md, training recipe)."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from codetr.backbones import Vit
-from codetr.config import ConfigError, TrainingConfig
+from codetr.config import DetectorConfig, TrainingConfig, VitConfig
 
 _PARTS = ("detector", "backbone", "offsets")
 _BLOCK = re.compile(r"backbone\.body\.blocks\.(\d+)\.")
@@ -29,7 +28,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         "backbone": config.backbone_multiplier,
         "offsets": config.offsets_multiplier,
     }
-    depth = _depth(model) if config.layer_decay < 1 else 0
+    depth = _depth(model, config) if config.layer_decay < 1 else 0
     groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -74,11 +73,7 @@ def _part_of(name: str) -> str:
     return "detector"
 
 
-def _depth(model: nn.Module) -> int:
-    backbone = getattr(model, "backbone", None)
-    if not isinstance(backbone, Vit):
-        raise ConfigError(
-            "training.layer_decay lowers the rates of a ViT's blocks, and this backbone has none: "
-            "set training.layer_decay=1"
-        )
-    return len(backbone.blocks)
+def _depth(model: nn.Module, config: TrainingConfig) -> int:
+    detector: DetectorConfig = model.config  # type: ignore[assignment]
+    config.require_fitting(detector)
+    return cast("VitConfig", detector.backbone).depth

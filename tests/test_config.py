@@ -16,6 +16,7 @@ from codetr.config import (
     FasterRcnnConfig,
     ResNetConfig,
     SwinConfig,
+    TrainingConfig,
     parse,
     read_yaml,
 )
@@ -145,6 +146,14 @@ def test_strides_of_every_kind_of_backbone() -> None:
     assert detector(backbone="eva02_large").strides == (8, 16, 32, 64)
     assert detector(backbone="resnet101").strides == (8, 16, 32, 64)
     assert detector(backbone="eva02_large").head_strides == (8, 16, 32, 64, 128)
+
+
+def test_layer_decay_needs_a_vit() -> None:
+    training = parse(TrainingConfig, {"layer_decay": 0.8}, "here.yaml")
+    training.require_fitting(detector(backbone="eva02_large"))
+    TrainingConfig().require_fitting(detector())
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.8 .*'resnet50' is none: set .*=1"):
+        training.require_fitting(detector())
 
 
 def test_tiny_backbone_has_no_published_weights() -> None:

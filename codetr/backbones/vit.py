@@ -41,11 +41,6 @@ class Vit(Backbone):
             body.pos_embed.requires_grad_(False)
         self.freeze(*body.blocks[: max(0, config.frozen_stages)])
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        body: VitBody = self.body  # type: ignore[assignment]
-        return body.blocks
-
 
 class VitBody(nn.Module):
     """EVA-02 without class token, under timm's names."""

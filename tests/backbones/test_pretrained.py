@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from codetr.backbones import Backbone, build_backbone, pretrained
 from codetr.backbones.names import eva_names, swin_names
+from codetr.backbones.vit import _adapt
 from codetr.config import ConfigError, DetectorConfig, SwinConfig, VitConfig, parse
 
 
@@ -160,6 +161,17 @@ def test_from_evas_file(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded["pos_embed"][:, 1:], grid.reshape(1, 16, 64))
     assert torch.equal(loaded["pos_embed"][:, 0], file["pos_embed"][:, 0])
     assert torch.equal(loaded["norm.weight"], torch.ones(64))
+
+
+def test_timms_names_of_the_record_models_weights() -> None:
+    """All that the full-size ViT takes over, with shapes; on the meta device."""
+    with torch.device("meta"):
+        body = build(name="eva02_large", pretrained=False).body
+        theirs = timm.create_model("eva02_large_patch14_224", pretrained=False).state_dict()
+    assert theirs["pos_embed"].shape[1] == 1 + 16 * 16
+    adapted = _adapt(theirs, config_of(name="eva02_large"))
+    own = {n: v.shape for n, v in body.state_dict().items() if not n.startswith("norm.")}
+    assert {n: v.shape for n, v in adapted.items()} == own
 
 
 # ----------------------------------------------------------------------------------------- messages
