@@ -137,7 +137,7 @@ def test_layer_decay_multiplies_the_backbones_rate() -> None:
 
 
 def test_layer_decay_needs_a_vit() -> None:
-    with pytest.raises(ConfigError, match=r"training\.layer_decay=0\.8 .*set training\.layer_decay=1"):
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.8 .*set training\.layer_decay=1"):
         learning(detector(RESNET), layer_decay=0.8)
 
 
