@@ -7,14 +7,11 @@ comment says otherwise; the laptop's sizes are other values of the same fields.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,62 +22,30 @@ from pydantic import (
     model_validator,
 )
 
-T = TypeVar("T", bound="Strict")
+from codetr.backbone_config import (
+    BACKBONE_NAMES,
+    BackboneConfig,
+    ResNetConfig,
+    SwinConfig,
+    VitConfig,
+)
+from codetr.strict import ConfigError, Strict, nearest
 
+# What is defined elsewhere and imported from here.
+__all__ = [
+    "BackboneConfig",
+    "ConfigError",
+    "ResNetConfig",
+    "Strict",
+    "SwinConfig",
+    "VitConfig",
+    "nearest",
+]
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its text names the key and what to do."""
-
-
-def nearest(word: str, valid: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``valid``, else the list of valid words."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(valid))}"
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest valid one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key '{key}'; {nearest(key, [*cls.model_fields])}")
-        return data
+T = TypeVar("T", bound=Strict)
 
 
 # ----------------------------------------------------------------------------------- the detector
-
-
-class BackboneConfig(Strict):
-    """A timm ResNet and how much of it is trained (method.md 1)."""
-
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"] = "resnet50"
-    stages: tuple[PositiveInt, ...] = (2, 3, 4)
-    """Residual stages whose outputs feed the neck; stage n has stride 2**(n + 1)."""
-    pretrained: bool | Path = True
-    """True: timm's weights from its hub; a path: a local state dict; False: random."""
-    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = 1
-    """-1 trains everything; 0 freezes the stem; n also freezes the first n stages."""
-    frozen_norm: bool = True
-    """Batch norm keeps its running statistics and its affine parameters are not trained."""
-    width: PositiveInt = 64
-    """Width of the stem and base width of the stages (64 in every published ResNet)."""
-
-    @field_validator("stages")
-    @classmethod
-    def _stages_in_order(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
-        if not stages or list(stages) != sorted(set(stages)) or stages[-1] > 4:
-            raise ValueError("stages must be increasing numbers of 1 to 4, for example [2, 3, 4]")
-        return stages
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(2 ** (stage + 1) for stage in self.stages)
 
 
 class PositionEncodingConfig(Strict):
@@ -300,7 +265,8 @@ class DetectorConfig(Strict):
     """A Co-DETR detector; an empty list of heads is its DETR baseline (K = 0)."""
 
     num_classes: PositiveInt = 80
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: BackboneConfig = ResNetConfig()
+    """A name and its family's settings; ``resnet50`` where no name is given."""
     transformer: TransformerConfig = TransformerConfig()
     queries: QueryConfig = QueryConfig()
     denoising: DenoisingConfig = DenoisingConfig()
@@ -316,6 +282,18 @@ class DetectorConfig(Strict):
     max_detections: PositiveInt = 100
     soft_nms: SoftNmsConfig = SoftNmsConfig()
 
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _backbone_by_name(cls, backbone: Any) -> Any:
+        if isinstance(backbone, str):
+            backbone = {"name": backbone}
+        if not isinstance(backbone, dict):
+            return backbone
+        name = str(backbone.get("name", "resnet50"))
+        if name not in BACKBONE_NAMES:
+            raise ValueError(f"unknown backbone.name '{name}'; {nearest(name, [*BACKBONE_NAMES])}")
+        return {"name": name, **backbone}
+
     @field_validator("heads", mode="before")
     @classmethod
     def _heads_by_name(cls, heads: Any) -> Any:
@@ -330,11 +308,7 @@ class DetectorConfig(Strict):
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
-        if self.transformer.levels < len(self.backbone.stages):
-            raise ValueError(
-                f"transformer.levels={self.transformer.levels} is fewer than the "
-                f"{len(self.backbone.stages)} backbone.stages: every stage is a level"
-            )
+        self.backbone.level_strides(self.transformer.levels)
         return self
 
     @model_validator(mode="after")
@@ -361,10 +335,7 @@ class DetectorConfig(Strict):
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides in pixels of the encoder's levels."""
-        strides = list(self.backbone.strides)
-        while len(strides) < self.transformer.levels:
-            strides.append(strides[-1] * 2)
-        return tuple(strides)
+        return self.backbone.level_strides(self.transformer.levels)
 
     @property
     def head_strides(self) -> tuple[int, ...]:
@@ -410,6 +381,12 @@ class TrainingConfig(Strict):
     learning_rate: PositiveFloat = 2e-4
     weight_decay: NonNegativeFloat = 1e-4
     backbone_multiplier: NonNegativeFloat = 0.1
+    """Learning rate of the backbone, as a multiple."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block of a ViT learns at this multiple of the rate of the block after it; the record
+    model: 0.8 with multipliers of 1."""
+    decay_norms: bool = True
+    """Weight decay of biases and norms, too; the record model: False."""
     offsets_multiplier: NonNegativeFloat = 0.1
     """Learning rate of sampling offsets and reference points, as a multiple."""
     clip_norm: PositiveFloat = 0.1
@@ -427,6 +404,14 @@ class TrainingConfig(Strict):
     forward passes, the same gradients. At most the worker's images, if given more."""
     loader_workers: NonNegativeInt = 0
     """Processes that load images, for each training worker."""
+
+    def require_fitting(self, detector: DetectorConfig) -> None:
+        """Raise a ConfigError if the detector cannot be trained so."""
+        if self.layer_decay < 1 and not isinstance(detector.backbone, VitConfig):
+            raise ConfigError(
+                f"training.layer_decay={self.layer_decay:g} lowers the rates of a ViT's blocks, "
+                f"and '{detector.backbone.name}' is none: set training.layer_decay=1"
+            )
 
 
 class DataConfig(Strict):
@@ -460,10 +445,11 @@ class DataConfig(Strict):
 
 def error_text(error: ValidationError) -> str:
     """One line for each problem of a pydantic error: ``transformer.levels: …``."""
+    tags = {*HEAD_TYPES, *BACKBONE_NAMES}
     lines = []
     for problem in error.errors():
         # Discriminated unions put the tag into the location; it is no key of the user's file.
-        where = ".".join(str(part) for part in problem["loc"] if part not in HEAD_TYPES)
+        where = ".".join(str(part) for part in problem["loc"] if part not in tags)
         what = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{where}: {what}" if where else what)
     return "; ".join(dict.fromkeys(lines))

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from codetr.backbones import Backbone, ChannelMapper, MultiScaleAdapter
+from codetr.backbones import MultiScaleAdapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
@@ -42,8 +42,8 @@ class CoDETR(nn.Module):
         super().__init__()
         self.config = config
         transformer, channels = config.transformer, config.transformer.embed_dim
-        self.backbone = Backbone(config.backbone)
-        self.neck = ChannelMapper(self.backbone.channels, transformer)
+        self.backbone = build_backbone(config.backbone)
+        self.neck = build_neck(self.backbone.channels, config)
         self.encoder = Encoder(transformer)
         self.decoder = Decoder(transformer, config.queries, config.num_classes)
         self.queries = (TwoStageQueries if config.queries.two_stage else LearnedQueries)(config)
@@ -127,6 +127,7 @@ class CoDETR(nn.Module):
 
     def encode(self, batch: ImageBatch) -> Memory:
         """Backbone, neck and encoder."""
+        batch = batch.padded(self.backbone.divisor)
         return self.encoder(self.neck(self.backbone(batch.pixels)), batch)
 
     def memory_pyramid(self, memory: Memory) -> list[Tensor]:

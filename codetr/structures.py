@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from codetr.transfer import tensor_on
 
@@ -54,6 +55,14 @@ class ImageBatch(_Moves):
         rows = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
         columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return rows | columns
+
+    def padded(self, divisor: int) -> ImageBatch:
+        """The same images, padded to multiples of so many pixels."""
+        height, width = self.pixels.shape[-2:]
+        if height % divisor == 0 and width % divisor == 0:
+            return self
+        pixels = functional.pad(self.pixels, (0, -width % divisor, 0, -height % divisor))
+        return ImageBatch(pixels, self.sizes)
 
 
 @dataclass

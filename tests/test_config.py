@@ -11,10 +11,12 @@ import pytest
 
 from codetr.config import (
     AtssConfig,
-    BackboneConfig,
     ConfigError,
     DetectorConfig,
     FasterRcnnConfig,
+    ResNetConfig,
+    SwinConfig,
+    TrainingConfig,
     parse,
     read_yaml,
 )
@@ -125,7 +127,28 @@ def test_repeated_heads_have_names_of_their_own() -> None:
         ({"query_loss": {"classification": "qfl"}}, "query_loss.classification"),
         ({"matching_cost": {"classification": "focal"}}, "matching_cost: unknown key"),
         ({"backbone": {"stages": [3, 2]}}, "stages must be increasing"),
-        ({"backbone": {"name": "resnet52"}}, "backbone.name"),
+        (
+            {"backbone": {"name": "resnet52"}},
+            "backbone: unknown backbone.name 'resnet52'; did you mean 'resnet50'?",
+        ),
+        ({"backbone": "swin_larg"}, "did you mean 'swin_large'?"),
+        ({"backbone": {"name": [1]}}, "unknown backbone.name '[1]'"),
+        ({"backbone": 3}, "backbone: "),
+        (
+            {"backbone": {"name": "swin_tiny", "frozen_norm": True}},
+            "backbone: unknown key 'frozen_norm'; did you mean 'frozen_stages'?",
+        ),
+        ({"backbone": {"name": "swin_tiny", "depths": [2, 2]}}, "backbone.depths: "),
+        ({"backbone": {"name": "swin_tiny", "drop_path": 1}}, "backbone.drop_path: "),
+        (
+            {"backbone": {"name": "eva02_large", "stages": [2]}},
+            "backbone: unknown key 'stages'",
+        ),
+        ({"backbone": {"name": "eva02_large", "width": 100}}, "multiple of 64"),
+        (
+            {"backbone": {"name": "eva02_large"}, "transformer": {"levels": 3}},
+            "transformer.levels=3: the pyramid of 'eva02_large' has 5 levels",
+        ),
     ],
 )
 def test_errors_name_source_key_and_remedy(settings: dict[str, Any], message: str) -> None:
@@ -151,11 +174,42 @@ def test_reading_yaml(tmp_path: Path, content: str | None, message: str | None) 
     assert str(file) in str(error.value)
 
 
+def test_names_bring_their_sizes() -> None:
+    """Table of the Swin paper; drop path of the original's configurations; any size can be set."""
+    small = detector(backbone="swin_small").backbone
+    large = detector(backbone={"name": "swin_large", "window": 7}).backbone
+    assert isinstance(small, SwinConfig)
+    assert isinstance(large, SwinConfig)
+    assert (small.width, small.depths, small.window) == (96, (2, 2, 18, 2), 7)
+    assert (large.width, large.depths, large.window) == (192, (2, 2, 18, 2), 7)
+    assert (small.heads, large.heads) == ((3, 6, 12, 24), (6, 12, 24, 48))
+    assert (small.drop_path, large.drop_path) == (0.2, 0.3)
+    assert SwinConfig.model_validate(large.model_dump()) == large
+
+
+def test_strides_of_every_kind_of_backbone() -> None:
+    five = {"levels": 5}
+    swin = detector(backbone={"name": "swin_tiny", "stages": [1, 2, 3, 4]}, transformer=five)
+    assert swin.strides == (4, 8, 16, 32, 64)
+    assert detector(backbone="eva02_large", transformer=five).strides == (4, 8, 16, 32, 64)
+    assert detector(backbone="eva02_large").strides == (8, 16, 32, 64)
+    assert detector(backbone="resnet101").strides == (8, 16, 32, 64)
+    assert detector(backbone="eva02_large").head_strides == (8, 16, 32, 64, 128)
+
+
+def test_layer_decay_needs_a_vit() -> None:
+    training = parse(TrainingConfig, {"layer_decay": 0.8}, "here.yaml")
+    training.require_fitting(detector(backbone="eva02_large"))
+    TrainingConfig().require_fitting(detector())
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.8 .*'resnet50' is none: set .*=1"):
+        training.require_fitting(detector())
+
+
 def test_tiny_backbone_has_no_published_weights() -> None:
-    from codetr.backbones import Backbone
+    from codetr.backbones import build_backbone
 
     with pytest.raises(ConfigError, match=r"backbone\.pretrained=false"):
-        Backbone(BackboneConfig(name="tiny"))
+        build_backbone(ResNetConfig(name="tiny"))
 
 
 def test_configuration_needs_no_torch() -> None:

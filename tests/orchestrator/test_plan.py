@@ -141,6 +141,7 @@ def test_profile_settings_reach_heads_that_arms_only_name():
         ({"settings": ("heads=[atss]",)}, "are the same trial"),
         ({"settings": ("num_classes=7",)}, "the data has 10 classes"),
         ({"settings": ("levels=2",)}, "fewer than the 3 backbone.stages"),
+        ({"settings": ("layer_decay=0.8",)}, "'tiny' is none: set training.layer_decay=1"),
         ({"settings": ("train_images=4",)}, "do not fill one batch"),
         ({"seeds": (1, 1)}, "are the same trial"),
         ({"seeds": (-1,)}, "seeds start at 0"),
