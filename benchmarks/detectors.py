@@ -107,8 +107,9 @@ class Ours:
     Args:
         task: what to train.
         contender: one of ``HEADS``, or ``PLAIN``.
-        compiled: backbone, neck, encoder and decoder go through ``torch.compile``; heads, matching
-            and losses, whose shapes follow the objects, do not.
+        compiled: the backbone and the layers of encoder and decoder go through ``torch.compile``,
+            layer by layer, for all layers are one program; what has shapes that follow the
+            objects (heads, matching, losses) does not.
     """
 
     def __init__(self, task: Task, contender: str, compiled: bool = False) -> None:
@@ -125,7 +126,8 @@ class Ours:
         )
         self.inputs = task.inputs(config.num_classes)
         model = self.state.model
-        for part in (model.backbone, model.neck, model.encoder, model.decoder) if compiled else ():
+        parts = [model.backbone, *model.encoder.layers, *model.decoder.layers]
+        for part in parts if compiled else []:
             part.compile()
 
     def training_step(self) -> float:

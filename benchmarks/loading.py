@@ -1,6 +1,6 @@
 """Images per second of our data loading, beside torchvision's reference for detection.
 
-    python benchmarks/loading.py [--rounds 3] [--images 48] [--height 480] [--width 640]
+    python benchmarks/loading.py [--rounds 3] [--images 32] [--height 480] [--width 640]
 
 The peer is put together from what torchvision's references/detection uses: CocoDetection, wrapped
 for the v2 transforms, and their collate function, which leaves images a tuple; ours also pads them
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def parse_arguments() -> Any:
-    parser = arguments(__doc__, rounds=3, images=48, height=480, width=640)
+    parser = arguments(__doc__, rounds=3, images=32, height=480, width=640)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     return parser.parse_args()
 
@@ -156,7 +156,7 @@ def make_images(folder: Path, count: int, height: int, width: int) -> Path:
         grain = draw.normal(0, 6, (height, width, 3))
         pixels = (np.asarray(image) + grain).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
-    sides = draw.integers(16, 200, (count, 7, 2))
+    sides = draw.integers(16, min(200, height, width), (count, 7, 2))
     corners = (draw.random((count, 7, 2)) * ((width, height) - sides)).astype(int)
     content = {
         "images": [

@@ -1,6 +1,6 @@
 """Steps per second of one training on two workers, beside the same training on one.
 
-    python benchmarks/scaling.py [--rounds 3] [--steps 40] [--batch 8]
+    python benchmarks/scaling.py [--rounds 3] [--steps 30] [--batch 8]
 
 Our training loop on the embedded digits over gloo, the detector and the heads of the laptop profile
 of the K ablation, its batch norms frozen: trained ones know their own worker's images alone. The
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def parse_arguments() -> Any:
-    parser = arguments(__doc__, rounds=3, steps=40, batch=8)
+    parser = arguments(__doc__, rounds=3, steps=30, batch=8)
     parser.add_argument("--image-side", type=int, default=128, help="of the digits, in pixels")
     return parser.parse_args()
 

@@ -123,7 +123,9 @@ def randomise(peer: nn.Module, seed: int = 0) -> None:
     for name, parameter in peer.named_parameters():
         neck_bias = "input_proj" in name and name.endswith(".0.bias")
         if not neck_bias and "backbone" not in name:
-            parameter.add_(0.1 * noise(parameter))
+            # As much as keeps the scale of what passes through, in matrices of any width.
+            scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1
+            parameter.add_(scale * noise(parameter))
     for name, buffer in peer.named_buffers():
         if name.endswith(("running_mean", "bias")):
             buffer.copy_(0.1 * noise(buffer))
