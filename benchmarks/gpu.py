@@ -60,12 +60,12 @@ class Stages:
     took: dict[str, float] = field(default_factory=dict)
     _begin: float = field(default_factory=time.monotonic)
 
-    def run(self, name: str, needs: float, stage: Callable[[], Any]) -> None:
-        """One stage, if the ``needs`` seconds that it is expected to take are left."""
+    def run(self, name: str, needs: float, stage: Callable[[], Any]) -> bool:
+        """One stage, if the ``needs`` seconds that it is expected to take are left; was it begun?"""
         left = self.seconds - (time.monotonic() - self._begin)
         if left < needs:
             self.left_out[name] = f"{left:.0f} s left, {needs:.0f} s needed"
-            return
+            return False
         print(f"{name} …", flush=True)
         begin = time.monotonic()
         try:
@@ -77,6 +77,7 @@ class Stages:
             self.failed[name] = f"{type(error).__name__}: {error}"
             print(f"{name}: {self.failed[name]}", file=sys.stderr)
         self.took[name] = round(time.monotonic() - begin, 1)
+        return True
 
 
 @contextmanager
@@ -238,8 +239,8 @@ def measure_mode(stages: Stages, report: Report, task: Task, mode: str, rounds: 
 
     for name in (PEER, *([] if compiled else [PLAIN]), *HEADS):
         needs = 60 if compiled and name != PEER else 15
-        stages.run(f"{mode}: {name}", needs, lambda n=name: stage(n))
-        free(task.device)
+        if stages.run(f"{mode}: {name}", needs, lambda n=name: stage(n)):
+            free(task.device)
     for action, of_action in samples.items():
         if PEER in of_action:
             case = f"{action}, {mode}"
