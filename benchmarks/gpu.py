@@ -61,7 +61,7 @@ class Stages:
     _begin: float = field(default_factory=time.monotonic)
 
     def run(self, name: str, needs: float, stage: Callable[[], Any]) -> bool:
-        """One stage, if the ``needs`` seconds that it is expected to take are left; was it begun?"""
+        """One stage, if the ``needs`` seconds that it should take are left; was it begun?"""
         left = self.seconds - (time.monotonic() - self._begin)
         if left < needs:
             self.left_out[name] = f"{left:.0f} s left, {needs:.0f} s needed"
