@@ -19,7 +19,7 @@ from attention_cases import (
     plain_inputs,
 )
 
-from codetr.ops import deformable_attention_fused
+from codetr.ops import deformable_attention_fused, implementation
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,3 +69,19 @@ def test_views() -> None:
     strided = value.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
     others[2] = torch.cat((others[2], others[2]), -1)[..., :2]
     assert_kernels_agree(fused(case), (strided, *others), DEVICE)
+
+
+def test_operator_is_as_pytorch_demands() -> None:
+    case = Case(((2, 3),), queries=3, batch=1, heads=1, points=1, channels=4)
+    inputs = tuple(t.to(DEVICE).nan_to_num().requires_grad_() for t in fused_inputs(case))
+    with implementation("triton"):
+        torch.library.opcheck(
+            torch.ops.codetr.deformable_attention_fused.default, (inputs[0], [2, 3], *inputs[1:])
+        )
+        grad = inputs[0].new_zeros(1, 3, 4)
+        detached = [tensor.detach() for tensor in inputs]
+        for with_frame in (True, False):
+            torch.library.opcheck(
+                torch.ops.codetr.deformable_attention_fused_backward.default,
+                (grad, detached[0], [2, 3], *detached[1:], with_frame),
+            )

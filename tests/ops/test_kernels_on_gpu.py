@@ -70,7 +70,7 @@ def test_compiled(kind: str) -> None:
         torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
-def _problem(kind: str, case: Case):  # noqa: ANN202
+def _problem(kind: str, case: Case):
     if kind == "plain":
         return plain(case), _without_nan(plain_inputs(case, odd=False))
     return fused(case), _without_nan(fused_inputs(case))
