@@ -106,17 +106,15 @@ class _Frames:
         frames = _Frames(shapes, rows.view(-1, channels), starts, cells, batch, heads)
         areas = [height * width for height, width in shapes]
         for level, cells_of_level in enumerate(value.split(areas, dim=1)):
-            inside = frames.window(rows, level, 0, 0)
-            inside.copy_(cells_of_level.unflatten(1, shapes[level]))
+            frames.window(rows, level).copy_(cells_of_level.unflatten(1, shapes[level]))
         return frames
 
-    def window(self, rows: Tensor, level: int, down: int, right: int) -> Tensor:
+    def window(self, rows: Tensor, level: int, down: int = 0, right: int = 0) -> Tensor:
         """(B, h, w, H, D), a level's map in (B, cells, H, D) rows, moved by so many cells."""
         height, width = self.shapes[level]
         start, area = self.starts[level], (height + 4) * (width + 2)
         frame = rows[:, start : start + area].unflatten(1, (height + 4, width + 2))
-        top, left = 2 + down, 1 + right
-        return frame[:, top : top + height, left : left + width]
+        return frame.narrow(1, 2 + down, height).narrow(2, 1 + right, width)
 
 
 @dataclass
@@ -199,29 +197,34 @@ def _constant(per_level: list, points: int, dtype: torch.dtype, device: torch.de
 
 
 def _gradient_of_value(grad: Tensor, samples: _Samples, frames: _Frames) -> Tensor:
-    """(B, T, H, D): each cell gathers from the samples around it, sorted by their corner.
+    """(B, T, H, D): each cell gathers from the corners that lie on it, once these are sorted.
 
-    Sorting by the upper left corner serves all four: the others lie one cell right and below.
+    Sorting samples by their upper left corner serves all four corners, for the others lie one cell
+    right and below: a quarter of the sorting, but four passes over all cells. Where samples are
+    fewer than cells, as a decoder's on a large map, it is the passes that take the time.
     """
-    count = samples.cells.shape[1]
-    cells, order = samples.cells.flatten().sort(stable=True)
+    shares = samples.shares()
+    if samples.cells.numel() < len(frames.rows):
+        keys, parts = samples.corners(), {(0, 0): shares}
+    else:
+        keys = samples.cells
+        parts = {divmod(corner, 2): shares[:, corner] for corner in range(4)}
+    cells, order = keys.flatten().sort(stable=True)
+    sources = order.div(keys[0].numel(), rounding_mode="floor").to(cells.dtype)
     every = torch.arange(len(frames.rows), dtype=cells.dtype, device=cells.device)
     begins = torch.searchsorted(cells, every, out_int32=cells.dtype == torch.int32)
-    sources = order.div(count, rounding_mode="floor").to(cells.dtype)
-    shares = samples.shares()
 
     areas = [height * width for height, width in frames.shapes]
     result = grad.new_zeros(frames.batch, sum(areas), frames.heads, grad.shape[1])
-    for corner in range(4):
+    for (down, right), part in parts.items():
         gathered = functional.embedding_bag(
             sources,
             grad,
             begins,
             mode="sum",
-            per_sample_weights=shares[:, corner].flatten().index_select(0, order),
+            per_sample_weights=part.flatten().index_select(0, order),
         ).view(frames.batch, frames.cells, frames.heads, -1)
         for level, of_level in enumerate(result.split(areas, dim=1)):
-            down, right = divmod(corner, 2)
             of_level.unflatten(1, frames.shapes[level]).add_(
                 frames.window(gathered, level, -down, -right)
             )
