@@ -75,7 +75,8 @@ class PositiveQueries(nn.Module):
         embedded = self.position_norm(self.position(encoding.to(self.position.weight.dtype)))
         position, content = embedded.chunk(2, dim=-1)
         if self.config.features:
-            features = _gather([p.features for p in positives], chosen.candidates)
+            rows = chosen.candidates // positives[0].per_feature
+            features = _gather([p.features for p in positives], rows)
             content = content + self.feature_norm(self.feature(features))
         return content, position + self.head_embedding
 

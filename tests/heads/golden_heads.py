@@ -38,7 +38,7 @@ ATSS_NAMES = {
     "reg_convs.0.gn": "reg_tower.0.norm",
     "atss_cls": "cls",
     "atss_reg": "reg",
-    "atss_centerness": "centerness",
+    "atss_centerness": "quality",
 } | {f"scales.{level}.scale": f"scales.{level}" for level in range(5)}
 
 

@@ -158,7 +158,7 @@ def test_atss(case: Case) -> None:
     for kind, values, width in (
         ("cls", prediction.logits, 5),
         ("reg", prediction.deltas, 4),
-        ("ctr", prediction.centerness[..., None], 1),
+        ("ctr", prediction.quality[..., None], 1),
     ):
         for level, ours in enumerate(values.split(prediction.anchors.counts, dim=1)):
             assert_close(ours, flat(outputs[f"18_atss.{kind}.{level}"], width))
@@ -264,8 +264,8 @@ def test_atss_alone_losses_and_gradients(alone: AloneRun) -> None:
 
 
 def test_atss_alone_labels_and_detections(alone: AloneRun) -> None:
-    anchors = alone.head.predict(alone.features).anchors
-    assigned = alone.head.assign(anchors, alone.sizes, alone.targets)
+    prediction = alone.head.predict(alone.features)
+    assigned = alone.head.assign(prediction, alone.sizes, alone.targets)
     expected = torch.cat(alone.outputs["labels_per_level"], dim=1)
     for image, t in enumerate(alone.targets):
         labels = torch.cat((t.labels, torch.tensor([5])))
