@@ -93,16 +93,35 @@ def _encoded_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> bytes:
             f"'segmentation' has the size {segmentation.get('size')}, its image {[*size]} "
             "(height, width)"
         )
-    if isinstance(counts, list):
-        runs = [n for n in counts if type(n) is int and n >= 0]
-        if len(runs) != len(counts) or sum(runs) != size[0] * size[1]:
-            raise ValueError("'segmentation' has run lengths that do not add up to its image")
-        result: bytes = coco_mask.frPyObjects(segmentation, *size)["counts"]
-        return result
-    try:
-        if not isinstance(counts, str):
-            raise TypeError
-        coco_mask.decode({"size": [*size], "counts": counts.encode()})
-    except (TypeError, ValueError):
-        raise ValueError("'segmentation' has run lengths that cannot be decoded") from None
-    return counts.encode()
+    # pycocotools reads and writes beyond the image where they are wrong.
+    runs = decompressed(counts) if isinstance(counts, str) else counts
+    if (
+        not isinstance(runs, list)
+        or not all(type(n) is int and n >= 0 for n in runs)
+        or sum(runs) != size[0] * size[1]
+    ):
+        raise ValueError("'segmentation' has run lengths that do not add up to its image")
+    result: bytes = coco_mask.frPyObjects({"size": [*size], "counts": runs}, *size)["counts"]
+    return result
+
+
+def decompressed(counts: str) -> list[int] | None:
+    """The run lengths that COCO's text stands for; None where it is none.
+
+    Each number has five bits in a character, lowest first, and a sixth where more follow. From the
+    fourth on it is the difference from the one two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs

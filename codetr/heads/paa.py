@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -113,7 +114,9 @@ class PaaHead(OneStageHead):
             found = nms_by_class(
                 voters.boxes, voters.scores, label, iou=config.test_nms, keep=config.test_keep
             )
-            detections.append(vote(found, voters))
+            # A mean of boxes inside the image is so but for its last bit.
+            found = vote(found, voters)
+            detections.append(replace(found, boxes=clip_boxes_to_image(found.boxes, size)))
         return detections
 
 
@@ -124,4 +127,4 @@ def vote(detections: Detections, voters: Detections) -> Detections:
     weights = (-((1 - overlaps) ** 2) / VOTE_VARIANCE).exp() * voters.scores * allowed
     total = weights.sum(1, keepdim=True)
     boxes = torch.where(total > 0, weights @ voters.boxes / total, detections.boxes)
-    return Detections(boxes, detections.scores, detections.labels)
+    return replace(detections, boxes=boxes)
