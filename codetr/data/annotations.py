@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codetr.data.errors import DataError, Problem
-from codetr.data.masks import NEEDED, Masks, compacted, encoded
+from codetr.data.masks import Masks, compacted, encoded_all
 
 Entry = dict[str, Any]
 
@@ -195,7 +195,7 @@ def read_annotations(path: Path, *, masks: bool = False) -> Annotations:
     owner = _positions(image_ids, rows["image_id"])
     label = _positions(np.array(classes.category_ids, np.int64), rows["category_id"])
     wrong = _wrong_annotations(rows, owner, label, sizes)
-    runs = _encoded_masks(path, entries, sizes[owner], rows["crowd"], wrong) if masks else []
+    runs = encoded_all(path, entries, sizes[owner], rows["crowd"], wrong) if masks else []
     problems += [
         Problem(path, what, int(rows["image_id"][row]), int(rows["id"][row]))
         for row, what in wrong.items()
@@ -371,27 +371,6 @@ def _annotation_rows(
                 rows.append(row)
                 sound.append(entry)
     return np.array(rows, _ANNOTATION), sound
-
-
-def _encoded_masks(
-    path: Path,
-    entries: list[Entry],
-    sizes: NDArray[np.int32],
-    crowd: NDArray[np.bool_],
-    wrong: dict[int, str],
-) -> list[bytes]:
-    """Run lengths of each mask, none for crowds; annotations without one are added to ``wrong``."""
-    if all(entry.get("segmentation") is None for entry in entries):
-        raise DataError(f"{path}: no object has a 'segmentation', {NEEDED}")
-    runs = [b""] * len(entries)
-    for row, entry in enumerate(entries):
-        if row in wrong or crowd[row]:
-            continue
-        try:
-            runs[row] = encoded(entry.get("segmentation"), (int(sizes[row, 0]), int(sizes[row, 1])))
-        except ValueError as error:
-            wrong[row] = str(error)
-    return runs
 
 
 def _describe(error: Exception, entry: Any, place: str) -> tuple[str, int | None]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+
+from codetr.data.errors import DataError
 
 NEEDED = "which a mask head is trained on; add it, or take the head out of 'heads'"
 
@@ -53,6 +56,38 @@ def compacted(segmentation: Any) -> Any:
         return [array("d", polygon) for polygon in segmentation]
     except (TypeError, OverflowError):
         return segmentation
+
+
+def encoded_all(
+    path: Path,
+    entries: list[dict[str, Any]],
+    sizes: NDArray[np.int32],
+    crowd: NDArray[np.bool_],
+    wrong: dict[int, str],
+) -> list[bytes]:
+    """Compressed run lengths of each annotation's mask.
+
+    Args:
+        path: the annotation file.
+        entries: A annotations, with segmentations that are :func:`compacted`.
+        sizes: (A, 2) of (height, width) of their images.
+        crowd: (A,) which are crowds and need none.
+        wrong: what is wrong with annotations, by their position; those without a mask are added.
+
+    Raises:
+        DataError: there is no mask at all.
+    """
+    if all(entry.get("segmentation") is None for entry in entries):
+        raise DataError(f"{path}: no object has a 'segmentation', {NEEDED}")
+    runs = [b""] * len(entries)
+    for row, entry in enumerate(entries):
+        if row in wrong or crowd[row]:
+            continue
+        try:
+            runs[row] = encoded(entry.get("segmentation"), (int(sizes[row, 0]), int(sizes[row, 1])))
+        except ValueError as error:
+            wrong[row] = str(error)
+    return runs
 
 
 def encoded(segmentation: Any, size: tuple[int, int]) -> bytes:

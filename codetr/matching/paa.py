@@ -73,40 +73,43 @@ def lower_component(values: Tensor) -> Tensor:
     highest = x.gather(1, (count - 1).clamp(min=0)[:, None])
     mixture = _fit(x, real, torch.cat((x[:, :1], highest), 1))
     density = _log_density(x, *mixture)
-    lower = real & (density[..., 0] >= density[..., 1])
-    peak = density.logsumexp(-1).masked_fill(~lower, -torch.inf).argmax(1)
+    lower = real & (density[:, 0] >= density[:, 1])
+    peak = density.logsumexp(1).masked_fill(~lower, -torch.inf).argmax(1)
     return torch.where(lower.any(1) & (count >= 2), peak + 1, count)
 
 
-def _fit(x: Tensor, real: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fit(x: Tensor, real: Tensor, means: Tensor) -> tuple[Tensor, ...]:
     """Expectation maximisation; means, variances and weights, (M, 2) each."""
-    count = real.sum(1, keepdim=True).clamp(min=1)
-    variances, weights = torch.ones_like(means), torch.full_like(means, 0.5)
+    count = real.sum(1).clamp(min=1)
+    powers = torch.stack((torch.ones_like(x), x, x.square()), -1)  # (M, K, 3)
+    mixture: tuple[Tensor, ...] = (
+        means,
+        torch.ones_like(means),
+        torch.full_like(means, 0.5),
+    )
     likelihood = torch.full_like(x[:, 0], -torch.inf)
     active = torch.ones_like(real[:, 0])
     for _ in range(STEPS):
-        density = _log_density(x, means, variances, weights)
-        total = density.logsumexp(-1)
-        share = (density - total[..., None]).exp() * real[..., None]
-        mass = share.sum(1) + 10 * torch.finfo(x.dtype).eps
-        new_means = (share * x[..., None]).sum(1) / mass
-        squares = (share * x[..., None].square()).sum(1) / mass
-        new_variances = squares - new_means.square() + LEAST_VARIANCE
-        new_weights = mass / mass.sum(1, keepdim=True)
-        going = active[:, None]
-        means = means.where(~going, new_means)
-        variances = variances.where(~going, new_variances)
-        weights = weights.where(~going, new_weights)
-        new_likelihood = (total * real).sum(1) / count[:, 0]
-        active &= (new_likelihood - likelihood).abs() >= TOLERANCE
+        density = _log_density(x, *mixture)
+        total = density.logsumexp(1)
+        share = (density - total[:, None]).exp() * real[:, None]
+        mass, first, second = (share @ powers).unbind(-1)  # (M, 2) each
+        mass = mass + 10 * torch.finfo(x.dtype).eps
+        mean = first / mass
+        variance = second / mass - mean.square() + LEAST_VARIANCE
+        new = (mean, variance, mass / mass.sum(1, keepdim=True))
+        # A row that has converged stays, whatever others need.
+        mixture = tuple(a.where(active[:, None], b) for a, b in zip(new, mixture, strict=True))
+        new_likelihood = (total * real).sum(1) / count
+        active = active & ((new_likelihood - likelihood).abs() >= TOLERANCE)
         likelihood = new_likelihood
         if not active.any():
             break
-    return means, variances, weights
+    return mixture
 
 
 def _log_density(x: Tensor, means: Tensor, variances: Tensor, weights: Tensor) -> Tensor:
-    """(M, K, 2) log of each component's weighted density at x (M, K)."""
-    distance = (x[..., None] - means[:, None]).square() / variances[:, None]
+    """(M, 2, K) log of each component's weighted density at x (M, K)."""
+    distance = (x[:, None] - means[..., None]).square() / variances[..., None]
     constant = weights.log() - 0.5 * variances.log() - 0.5 * math.log(2 * math.pi)
-    return constant[:, None] - 0.5 * distance
+    return constant[..., None] - 0.5 * distance
