@@ -82,6 +82,7 @@ def tiny_targets(image_id: int, objects: int, side: int = 64) -> Targets:
         image_id=image_id,
         original_size=(side, side),
         seed=image_id,
+        masks=torch.rand(objects, side, side, generator=draw) < 0.5,
     )
 
 
