@@ -161,9 +161,12 @@ def test_votes() -> None:
 @given(SEEDS)
 def test_order_of_objects_does_not_matter(name: str, seed: int) -> None:
     """But for an anchor that several objects must keep as their best: the last of them does."""
-    head, targets = one_stage(name), random_targets([5], seed)
+    head, targets = one_stage(name), random_targets([4], seed)
+    # Anchors that hold several objects would be the best of all of them.
+    smaller = {"retinanet": {"octave_base_scale": 1}, "paa": {"anchor_scale": 1.5}}
+    head.config = head.config.model_copy(update=smaller.get(name, {}))
     prediction = random_prediction(head, seed)
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
     objects = targets[0]
     shuffled = [Targets(objects.boxes[order], objects.labels[order])]
     ours, other = (head.assign(prediction, [SIZE], t)[0] for t in (targets, shuffled))
