@@ -29,13 +29,45 @@ from codetr.backbone_config import (
     SwinConfig,
     VitConfig,
 )
+from codetr.head_config import (
+    HEAD_CONFIGS,
+    HEAD_TYPES,
+    AnyHeadConfig,
+    AtssConfig,
+    FasterRcnnConfig,
+    FcosConfig,
+    GflConfig,
+    HeadConfig,
+    MaskConfig,
+    MaskRcnnConfig,
+    OneStageConfig,
+    PaaConfig,
+    RcnnConfig,
+    RetinaNetConfig,
+    RpnConfig,
+)
 from codetr.strict import ConfigError, Strict, nearest
 
 # What is defined elsewhere and imported from here.
 __all__ = [
+    "HEAD_CONFIGS",
+    "HEAD_TYPES",
+    "AnyHeadConfig",
+    "AtssConfig",
     "BackboneConfig",
     "ConfigError",
+    "FasterRcnnConfig",
+    "FcosConfig",
+    "GflConfig",
+    "HeadConfig",
+    "MaskConfig",
+    "MaskRcnnConfig",
+    "OneStageConfig",
+    "PaaConfig",
+    "RcnnConfig",
     "ResNetConfig",
+    "RetinaNetConfig",
+    "RpnConfig",
     "Strict",
     "SwinConfig",
     "VitConfig",
@@ -173,82 +205,6 @@ class PositiveQueryConfig(Strict):
     queries with all-zero boxes where ATSS rejected an anchor (method.md 49, 53)."""
 
 
-class AtssConfig(Strict):
-    """ATSS head (table 1): one-stage, centre-based adaptive assignment."""
-
-    type: Literal["atss"] = "atss"
-    convs: Annotated[int, Field(ge=0, le=5)] = 1
-    topk: PositiveInt = 9
-    anchor_scale: PositiveFloat = 8
-    """Side of the square anchor in strides."""
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 2.0
-    centerness_weight: NonNegativeFloat = 1.0
-    test_score: Annotated[float, Field(ge=0, le=1)] = 0.0
-    test_nms_pre: PositiveInt = 1000
-    test_nms: Annotated[float, Field(gt=0, le=1)] = 0.6
-    test_keep: PositiveInt = 100
-
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "cls": self.cls_weight,
-            "giou": self.giou_weight,
-            "centerness": self.centerness_weight,
-        }
-
-
-class RpnConfig(Strict):
-    """Region proposal network (method.md 40-42)."""
-
-    anchor_scales_per_octave: PositiveInt = 3
-    octave_base_scale: PositiveFloat = 4
-    ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
-    samples: PositiveInt = 256
-    positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    cls_weight: NonNegativeFloat = 1.0
-    l1_weight: NonNegativeFloat = 1.0
-    train_nms_pre: PositiveInt = 4000
-    test_nms_pre: PositiveInt = 1000
-    keep: PositiveInt = 1000
-    nms: Annotated[float, Field(gt=0, le=1)] = 0.7
-
-
-class RcnnConfig(Strict):
-    """Second stage of Faster R-CNN (method.md 43-45)."""
-
-    samples: PositiveInt = 512
-    positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
-    fc_dim: PositiveInt = 1024
-    finest_scale: PositiveFloat = 112
-    """RoIs whose side is below twice this many pixels read the finest level."""
-    roi_size: PositiveInt = 7
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 10.0
-    test_score: Annotated[float, Field(ge=0, le=1)] = 0.0
-    test_nms: Annotated[float, Field(gt=0, le=1)] = 0.5
-    test_keep: PositiveInt = 100
-
-
-class FasterRcnnConfig(Strict):
-    """Faster R-CNN head (table 1): RPN on all levels, RCNN on all but the extra one."""
-
-    type: Literal["faster_rcnn"] = "faster_rcnn"
-    rpn: RpnConfig = RpnConfig()
-    rcnn: RcnnConfig = RcnnConfig()
-
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "rpn_cls": self.rpn.cls_weight,
-            "rpn_l1": self.rpn.l1_weight,
-            "rcnn_cls": self.rcnn.cls_weight,
-            "rcnn_giou": self.rcnn.giou_weight,
-        }
-
-
-HeadConfig = Annotated[AtssConfig | FasterRcnnConfig, Field(discriminator="type")]
-HEAD_TYPES = ("atss", "faster_rcnn")
-
-
 class SoftNmsConfig(Strict):
     """Linear Soft-NMS on the decoder's detections, class by class (method.md 58)."""
 
@@ -324,6 +280,11 @@ class DetectorConfig(Strict):
     def k(self) -> int:
         """Number of auxiliary heads, the paper's K."""
         return len(self.heads)
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a head is trained on the objects' masks."""
+        return any(isinstance(head, MaskRcnnConfig) for head in self.heads)
 
     @property
     def head_names(self) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ class Targets(_Moves):
         seed: seeds the random draws that training makes for this image (which anchors are sampled,
             which positives become queries), so that they do not depend on the other images of the
             batch or on how many workers share it. None: draw from torch's global generator.
+        masks: (n, h, w) bool on the image's own valid pixels; None where no head needs them.
     """
 
     boxes: Tensor
@@ -84,6 +85,7 @@ class Targets(_Moves):
     image_id: int = 0
     original_size: Size = (0, 0)
     seed: int | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -146,11 +148,13 @@ class Positives:
 
     Attributes:
         boxes: (N, 4) every candidate, xyxy in pixels.
-        features: (N, C) the memory as the head read it at each candidate; gradients flow.
+        features: (N / per_feature, C) the memory as the head read it at the candidates, of which
+            so many in a row share one; gradients flow.
         positive: (P,) indices of the positive candidates.
         negative: (M,) indices of the negative ones.
         labels: (P,) class of the object that each positive is assigned to.
         targets: (P, 4) that object's box, xyxy in pixels.
+        per_feature: the number of anchors on each cell.
     """
 
     boxes: Tensor
@@ -159,6 +163,7 @@ class Positives:
     negative: Tensor
     labels: Tensor
     targets: Tensor
+    per_feature: int = 1
 
 
 @dataclass

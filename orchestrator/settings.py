@@ -10,11 +10,10 @@ import yaml
 from pydantic import BaseModel
 
 from codetr.config import (
-    AtssConfig,
+    HEAD_CONFIGS,
     ConfigError,
     DataConfig,
     DetectorConfig,
-    FasterRcnnConfig,
     TrainingConfig,
     nearest,
 )
@@ -22,10 +21,7 @@ from orchestrator.experiment import Layer
 
 _ROOTS: dict[str, type[BaseModel]] = {
     "detector": DetectorConfig,
-    **{
-        f"heads.{head.model_fields['type'].default}": head
-        for head in (AtssConfig, FasterRcnnConfig)
-    },
+    **{f"heads.{kind}": head for kind, head in HEAD_CONFIGS.items()},
     "training": TrainingConfig,
     "data": DataConfig,
 }

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from codetr.config import (
+    HEAD_TYPES,
     AtssConfig,
     ConfigError,
     DetectorConfig,
     FasterRcnnConfig,
+    OneStageConfig,
     ResNetConfig,
     SwinConfig,
     TrainingConfig,
@@ -74,6 +76,32 @@ def test_levels_from_stride_4_or_8(
     assert config.head_strides == (*strides, 2 * strides[-1])
 
 
+def test_every_head_has_its_papers_weights_and_one_convolution() -> None:
+    expected = {
+        "atss": {"cls": 1, "giou": 2, "centerness": 1},
+        "faster_rcnn": {"rpn_cls": 1, "rpn_l1": 1, "rcnn_cls": 1, "rcnn_giou": 10},
+        "retinanet": {"cls": 1, "giou": 2},
+        "fcos": {"cls": 1, "giou": 1, "centerness": 1},
+        "paa": {"cls": 1, "giou": 1.3, "iou": 0.5},
+        "gfl": {"cls": 1, "giou": 2, "dfl": 0.25},
+        "mask_rcnn": {"rpn_cls": 1, "rpn_l1": 1, "rcnn_cls": 1, "rcnn_giou": 10, "mask": 1},
+    }
+    assert set(HEAD_TYPES) == set(expected)
+    for kind, weights in expected.items():
+        (head,) = detector(heads=[kind]).heads
+        assert head.loss_weights() == weights
+        if isinstance(head, OneStageConfig):
+            assert head.convs == 1
+    total = detector(heads=[*expected]).loss_weights()
+    assert total["paa/giou"] == pytest.approx(12 * 1.3)
+    assert total["mask_rcnn/mask"] == 12
+
+
+def test_only_mask_heads_need_masks() -> None:
+    assert detector(heads=["atss", "mask_rcnn"]).needs_masks
+    assert not detector(heads=["atss", "faster_rcnn", "gfl"]).needs_masks
+
+
 def test_one_stage_has_no_encoder_loss() -> None:
     weights = detector(queries={"two_stage": False}).loss_weights()
     assert not any(name.startswith("encoder/") for name in weights)
@@ -92,6 +120,16 @@ def test_repeated_heads_have_names_of_their_own() -> None:
     [
         ({"lamda_1": 1}, "unknown key 'lamda_1'; did you mean 'lambda_1'?"),
         ({"transformer": {"level": 3}}, "transformer: unknown key 'level'; did you mean 'levels'?"),
+        ({"heads": ["fcoss"]}, "heads: unknown head 'fcoss'; did you mean 'fcos'?"),
+        ({"heads": ["mask-rcnn"]}, "did you mean 'mask_rcnn'?"),
+        ({"heads": [{"type": "paa", "convs": 6}]}, "heads.0.convs"),
+        ({"heads": ["gfl", {"type": "gfl", "bin": 8}]}, "unknown key 'bin'; did you mean 'bins'?"),
+        ({"heads": [{"type": "mask_rcnn", "mask": {"weigth": 1}}]}, "did you mean 'weight'?"),
+        (
+            {"heads": [{"type": "retinanet", "negative_iou": 0.6}]},
+            "negative_iou=0.6 is above positive_iou=0.5",
+        ),
+        ({"lambda_1": -0.5}, "lambda_1: Input should be greater than or equal to 0"),
         ({"heads": ["ats"]}, "heads: unknown head 'ats'; did you mean 'atss'?"),
         ({"heads": [{"type": "atss", "conv": 1}]}, "heads.0: unknown key 'conv'"),
         ({"heads": [{}]}, "unknown head 'None'"),

@@ -155,7 +155,7 @@ def _atss(official: str, ours: str, head: AtssConfig, levels: int) -> Iterable[t
             yield f"{official}.{branch}_convs.{conv}.gn.", f"{ours}.{branch}_tower.{conv}.norm."
     yield f"{official}.atss_cls.", f"{ours}.cls."
     yield f"{official}.atss_reg.", f"{ours}.reg."
-    yield f"{official}.atss_centerness.", f"{ours}.centerness."
+    yield f"{official}.atss_centerness.", f"{ours}.quality."
     for level in range(levels):
         yield f"{official}.scales.{level}.scale", f"{ours}.scales.{level}"
 

@@ -127,7 +127,7 @@ def test_a_trial_survives_json():
 def test_profile_settings_reach_heads_that_arms_only_name():
     rcnn = plan().trials[2].detector.heads[1]
     assert rcnn.rcnn.fc_dim < 1024  # the default
-    changed = plan(settings=("fc_dim=32",)).trials[2].detector.heads[1]
+    changed = plan(settings=("faster_rcnn.rcnn.fc_dim=32",)).trials[2].detector.heads[1]
     assert changed.rcnn.fc_dim == 32
     assert changed.rcnn.samples == rcnn.rcnn.samples
 
