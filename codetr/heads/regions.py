@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from codetr.boxes import areas
+from codetr.ops.roi_align import roi_align
 
 
 def region_features(
@@ -37,7 +37,5 @@ def region_features(
     for i, (feature, stride) in enumerate(zip(pyramid, strides, strict=True)):
         index = (level == i).nonzero().squeeze(1)
         order.append(index)
-        features.append(
-            roi_align(feature.float(), regions[index], size, 1 / stride, -1, aligned=True)
-        )
+        features.append(roi_align(feature.float(), regions[index], size, 1 / stride))
     return torch.cat(features)[torch.cat(order).argsort()]

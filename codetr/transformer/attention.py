@@ -99,6 +99,4 @@ class DeformableAttention(nn.Module):
 
 def feed_forward(channels: int, hidden: int) -> nn.Sequential:
     """The transformer's two-layer perceptron."""
-    # In place: the widest activation of a layer, and no gradient needs its values before the ReLU.
-    activation = nn.ReLU(inplace=True)
-    return nn.Sequential(nn.Linear(channels, hidden), activation, nn.Linear(hidden, channels))
+    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
