@@ -127,20 +127,25 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[_group_of(name)].append(parameter)
-    multipliers = {
-        "detector": 1.0,
-        "backbone": config.backbone_multiplier,
-        "offsets": config.offsets_multiplier,
-    }
     return AdamW(
         [
-            {"name": name, "params": groups[name], "lr": config.learning_rate * multiplier}
-            for name, multiplier in multipliers.items()
+            {"name": name, "params": groups[name], "lr": rate}
+            for name, rate in _learning_rates(config).items()
             if groups[name]
         ],
         weight_decay=config.weight_decay,
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
+
+
+def _learning_rates(config: TrainingConfig) -> dict[str, float]:
+    """Of each group of parameters."""
+    multipliers = {
+        "detector": 1.0,
+        "backbone": config.backbone_multiplier,
+        "offsets": config.offsets_multiplier,
+    }
+    return {name: config.learning_rate * factor for name, factor in multipliers.items()}
 
 
 def _group_of(name: str) -> str:
@@ -244,6 +249,28 @@ class TrainingState:
     def taken(self) -> int:
         """How many of them belong to an epoch that is not finished."""
         return len(self.partial.taken) if self.partial else 0
+
+    def hold(self, detector: DetectorConfig, training: TrainingConfig) -> None:
+        """Train with these settings from the next step on.
+
+        The learning rate is then what it would be had training begun with them: warm-up and drops
+        go on where they are. The optimiser keeps its moments.
+
+        Args:
+            detector: differs from what it was in the weights of losses at most.
+            training: in learning rate, weight decay and norm of clipping.
+        """
+        self.model.config, self.training = detector, training
+        rates, schedule = _learning_rates(training), self.schedule
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = rates[group["name"]]
+            group["weight_decay"] = training.weight_decay
+        schedule.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        now = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        schedule._last_lr = now
+        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
 
     def checkpoint(self) -> Checkpoint:
         """What a training continues from. Equal on all ranks; one of them should save it."""
