@@ -113,6 +113,7 @@ def test_a_member_that_exploited_and_explored_is_a_trial_that_run_repeats_to_the
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1500)
 def test_a_killed_population_ends_as_one_that_nobody_disturbed(laboratory):
     """Three members in two places; the driver killed before the first exchange, ended in order
     after it, and killed after the second."""
