@@ -73,6 +73,11 @@ class Checkpoint:
     partial: PartialEpoch | None = None
     source: str = "this checkpoint"
 
+    @property
+    def last_begun(self) -> int:
+        """The epoch whose settings it holds: the last that was begun, counted from 1."""
+        return self.epoch + (self.partial is not None)
+
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``path`` whole: whatever happens meanwhile, there is the old file or the new one.

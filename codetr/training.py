@@ -223,6 +223,28 @@ class TrainingState:
         """How many of them belong to an epoch that is not finished."""
         return len(self.partial.taken) if self.partial else 0
 
+    def hold(self, detector: DetectorConfig, training: TrainingConfig) -> None:
+        """Train with these settings from the next step on.
+
+        The learning rate is then what it would be had training begun with them: warm-up and drops
+        go on where they are. The optimiser keeps its moments.
+
+        Args:
+            detector: differs from what it was in the weights of losses at most.
+            training: in learning rate, weight decay and norm of clipping.
+        """
+        self.model.config, self.training = detector, training
+        schedule = self.schedule
+        anew = parameter_groups(self.model, training)
+        for group, wanted in zip(self.optimizer.param_groups, anew, strict=True):
+            group["initial_lr"], group["weight_decay"] = wanted["lr"], wanted["weight_decay"]
+        schedule.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        now = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        schedule._last_lr = now
+        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+
     def checkpoint(self) -> Checkpoint:
         """What a training continues from. Equal on all ranks; one of them should save it."""
         return Checkpoint(

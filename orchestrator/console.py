@@ -21,6 +21,7 @@ from orchestrator.machine import local_cpus
 from orchestrator.plan import Plan, Trial
 from orchestrator.report import summary_table
 from orchestrator.results import TrialResult
+from orchestrator.schedule import schedule_text
 from orchestrator.tracking import without_password
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         *_by_arm("detector", plan, lambda trial: detector_text(trial.detector)),
         *_by_arm("data", plan, _data_text),
         *_by_arm("training", plan, _training_text),
+        *_schedules(plan),
         ("resources", _resources_text(plan)),
         ("output", str(plan.folder)),
         ("tracking", without_password(plan.tracking_uri)),
@@ -74,6 +76,12 @@ def _by_arm(name: str, plan: Plan, text: Callable[[Trial], str]) -> list[tuple[s
     if len(set(texts.values())) == 1:
         return [(name, text(plan.trials[0]))]
     return [(name, f"{arm}: {value}") for arm, value in texts.items()]
+
+
+def _schedules(plan: Plan) -> list[tuple[str, str]]:
+    if not any(trial.schedule for trial in plan.trials):
+        return []
+    return _by_arm("schedule", plan, lambda trial: schedule_text(trial.schedule) or "nothing")
 
 
 def detector_text(detector: DetectorConfig) -> str:

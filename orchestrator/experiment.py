@@ -21,6 +21,17 @@ ProfileName = Literal["laptop", "paper"]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
+class Change(Strict):
+    """From the epoch after ``after_epoch`` on these settings hold."""
+
+    after_epoch: PositiveInt
+    settings: Annotated[Settings, Field(min_length=1)]
+    """By their dotted names, or unambiguous ends of them; see :mod:`orchestrator.schedule`."""
+
+
+Schedule = tuple[Change, ...]
+
+
 class Layer(Strict):
     """Some settings of detector, training and data; what is absent comes from the layer below."""
 
@@ -29,6 +40,8 @@ class Layer(Strict):
     """Settings of auxiliary heads by their kind, for arms that only name them."""
     training: Settings = Field(default_factory=dict)
     data: Settings = Field(default_factory=dict)
+    schedule: Schedule | None = None
+    """Settings that change in the middle of training; replaces the layer's below as a whole."""
 
     @property
     def settings(self) -> dict[str, Settings]:

@@ -105,7 +105,13 @@ def let_save(foreman: Any, grace: float, view: View) -> None:
 
 
 def fit(
-    plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any] = ()
+    plan: Plan,
+    trial: Trial,
+    board: Any,
+    loop: Loop,
+    *,
+    callbacks: Sequence[Any] = (),
+    until: int | None = None,
 ) -> str | None:
     """Train a trial on the running cluster, from its last checkpoint; blocks until it ends.
 
@@ -114,6 +120,7 @@ def fit(
 
     Args:
         callbacks: Ray Train's, beside the one that reports to the board.
+        until: the epoch after which it ends; default the trial's last.
 
     Returns:
         Why it failed; None if it did not.
@@ -121,12 +128,15 @@ def fit(
     import ray
 
     try:
-        return _fit(plan, trial, board, loop, callbacks)
+        until = until or trial.training.epochs
+        return _fit(plan, trial, board, loop, callbacks=callbacks, until=until)
     finally:
         ray.get(board.leave_room.remote(trial.id))
 
 
-def _fit(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[Any]) -> str | None:
+def _fit(
+    plan: Plan, trial: Trial, board: Any, loop: Loop, *, callbacks: Sequence[Any], until: int
+) -> str | None:
     import ray.train
 
     from orchestrator.storage import Storage
@@ -137,7 +147,9 @@ def _fit(plan: Plan, trial: Trial, board: Any, loop: Loop, callbacks: Sequence[A
         workers = _wait_for_room(plan, trial, board)
         storage.make_ready(trial.name)
         try:
-            trainer = _trainer(plan, trial, board, loop, callbacks=callbacks, workers=workers)
+            trainer = _trainer(
+                plan, trial, board, loop, callbacks=callbacks, workers=workers, until=until
+            )
             reason: str | None = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             failure: Exception = error
@@ -210,7 +222,14 @@ def free_group(group: Any) -> None:
 
 
 def _trainer(
-    plan: Plan, trial: Trial, board: Any, loop: Loop, *, callbacks: Sequence[Any], workers: int
+    plan: Plan,
+    trial: Trial,
+    board: Any,
+    loop: Loop,
+    *,
+    callbacks: Sequence[Any],
+    workers: int,
+    until: int,
 ) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -227,6 +246,7 @@ def _trainer(
         "board": board,
         "cpus": resources.cpus_per_worker,
         "full_strength": resources.workers,
+        "until": until,
     }
     return TorchTrainer(
         _placed(loop, trial.id),

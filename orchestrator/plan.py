@@ -32,10 +32,12 @@ from orchestrator.experiment import (
     Profile,
     ProfileName,
     Resources,
+    Schedule,
     merge,
     paper_ap,
 )
 from orchestrator.facts import DataFacts, data_facts
+from orchestrator.schedule import in_epoch, resolved
 from orchestrator.settings import parse_settings
 
 IDENTITY_VERSION = 1
@@ -57,13 +59,15 @@ class Trial(Strict):
     training: TrainingConfig
     data: DataConfig
     facts: DataFacts
+    schedule: Schedule = ()
+    """What changes in the middle of training; ``detector`` and ``training`` are the beginning."""
     paper_ap: float | None = None
     """In percent, what the paper reports for this arm."""
 
     @cached_property
     def id(self) -> str:
         """Hash of everything that decides what is learned: the trial's identity in all runs."""
-        identity = {
+        identity: dict[str, Any] = {
             "version": IDENTITY_VERSION,
             "seed": self.seed,
             "fingerprint": self.facts.fingerprint,
@@ -71,12 +75,18 @@ class Trial(Strict):
             "training": self.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT["training"]),
             "data": self.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT["data"]),
         }
+        if self.schedule:
+            identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def name(self) -> str:
         """Readable, unique, fit for a file name: ``k-1-atss.seed0.3f2a91c07b``."""
         return f"{slug(self.arm)}.seed{self.seed}.{self.id}"
+
+    def settings_in(self, epoch: int) -> tuple[DetectorConfig, TrainingConfig]:
+        """What holds in that epoch, counted from 1."""
+        return in_epoch(epoch, self.schedule, self.detector, self.training)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -228,8 +238,9 @@ def _trials(
     experiment: Experiment, profile_name: ProfileName, arm: str, settings: Layer, options: Options
 ) -> list[Trial]:
     profile = experiment.profiles[profile_name]
+    source, layers = f"{experiment.file} ({profile_name}, {arm})", (experiment, profile)
     detector, training, data = _configure(
-        (f"{experiment.file} ({profile_name}, {arm})", (experiment, profile, experiment.arms[arm])),
+        (source, (*layers, experiment.arms[arm])),
         ("--data", (Layer(data=_data_option(options)),)),
         ("--set", (settings,)),
     )
@@ -242,6 +253,9 @@ def _trials(
             f"{facts.train_images} training images do not fill one batch: set "
             f"training.batch_size to at most that (now {training.batch_size})"
         )
+    schedules = [layer.schedule for layer in (*layers, experiment.arms[arm])]
+    given = next((schedule for schedule in reversed(schedules) if schedule is not None), ())
+    schedule = resolved(given, detector, training, source)
     seeds = options.seeds or profile.seeds or experiment.seeds
     if min(seeds) < 0:
         raise ConfigError(f"--seeds {','.join(map(str, seeds))}: seeds start at 0")
@@ -253,6 +267,7 @@ def _trials(
             training=training,
             data=data,
             facts=facts,
+            schedule=schedule,
             paper_ap=paper_ap(experiment, arm),
         )
         for seed in seeds

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from orchestrator.files import write_whole
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
+from orchestrator.population import Turn
 from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
@@ -26,7 +27,7 @@ from orchestrator.sweep import Sweep
 from orchestrator.worker import STOPPED
 
 LEDGER = "suggestions.json"
-"""In the sweep's folder: every suggestion that Tune has made, and what came of it."""
+"""In the sweep's folder: every suggestion that was made, and what came of it."""
 
 _TUNE_FOLDER = "tune"
 _EPOCH = "epoch"
@@ -58,6 +59,9 @@ class Entry:
         tune_id: Tune's name for it.
         trial: id of the trial that it stands for; several suggestions may stand for one.
         reason: why it failed, or what stopped it.
+        member: of a population: its place there; 0 for others.
+        turns: what such a member has changed since it began with the suggestion.
+        origin: whose weights it has gone on from, in words.
     """
 
     number: int
@@ -66,16 +70,29 @@ class Entry:
     trial: str
     state: Progress = "open"
     reason: str = ""
+    member: int = 0
+    turns: tuple[Turn, ...] = ()
+    origin: str = ""
+
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> Entry:
+        turns = tuple(Turn(**turn) for turn in row.get("turns", ()))
+        return cls(**{**row, "turns": turns})
+
+    @property
+    def latest(self) -> Suggestion:
+        """The values that hold at the end."""
+        return self.turns[-1].suggestion if self.turns else self.suggestion
 
 
 def read_ledger(folder: Path) -> list[Entry]:
     """Every suggestion so far; none if the sweep has not begun."""
     file = folder / LEDGER
-    return [Entry(**row) for row in json.loads(file.read_text())] if file.exists() else []
+    return [Entry.read(row) for row in json.loads(file.read_text())] if file.exists() else []
 
 
 class Ledger:
-    """The suggestions by Tune's ids, on disk after every change."""
+    """The suggestions by their ids, on disk after every change."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,13 +102,17 @@ class Ledger:
         self.cut_off = {entry.tune_id: entry for entry in before if entry.state == "open"}
         self._lock = threading.Lock()
 
-    def claim(self, tune_id: str, suggestion: Suggestion, trial: str) -> bool:
+    def claim(self, tune_id: str, suggestion: Suggestion, trial: str, **of_member: Any) -> bool:
         """Note a suggestion; True if it is the one to train its trial, the first that stands for
-        it."""
+        it.
+
+        Args:
+            of_member: what else an entry says of a population's member.
+        """
         with self._lock:
             if tune_id not in self.entries:
                 number = max((entry.number for entry in self._all()), default=0) + 1
-                new = Entry(number, tune_id, suggestion, trial)
+                new = Entry(number, tune_id, suggestion, trial, **of_member)
                 self.entries[tune_id] = self.cut_off.pop(tune_id, new)
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
@@ -131,6 +152,7 @@ class Searcher(Foreman):
         self.ledger = Ledger(sweep.folder)
         self.leases = Leases(sweep.plan.output, sweep.plan.name)
         self.news: list[Entry] = []
+        self._beginning = threading.Lock()
 
     def search(self) -> None:
         """Run Tune to its end, from where it was."""
@@ -146,9 +168,14 @@ class Searcher(Foreman):
         """Whether this suggestion shall train its trial; if not, another one does or did."""
         mine = self.ledger.claim(tune_id, suggestion, trial.id)
         if mine:
-            self.plan = replace(self.plan, trials=(*self.plan.trials, trial))
-            self.news.append(replace(self.ledger.entries[tune_id]))
+            self.begin(tune_id, trial)
         return mine
+
+    def begin(self, entry: str, trial: Trial) -> None:
+        """The entry's trial is about to be trained."""
+        with self._beginning:
+            self.plan = replace(self.plan, trials=(*self.plan.trials, trial))
+        self.news.append(replace(self.ledger.entries[entry]))
 
     def is_leaving(self) -> bool:
         return self.leaving
@@ -184,7 +211,7 @@ class Searcher(Foreman):
             self.news.append(replace(entry))
 
     def _epochs(self, entry: Entry) -> int:
-        return self.sweep.trial(entry.suggestion).training.epochs
+        return trial_of(self.sweep, entry).training.epochs
 
     def fetch_entries(self) -> list[Entry]:
         """Suggestions whose training has begun or ended since the last call."""
@@ -192,13 +219,13 @@ class Searcher(Foreman):
         return news
 
 
-def start_searcher(sweep: Sweep, loop: Loop, slots: int) -> Any:
+def start_searcher(kind: type[Searcher], sweep: Sweep, loop: Loop, slots: int) -> Any:
     """The sweep's searcher as an actor beside this process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0)(Searcher)
+    actor = ray.remote(num_cpus=0)(kind)
     return actor.options(
         name=f"sweep {sweep.folder}", scheduling_strategy=here, max_concurrency=2 * slots + 4
     ).remote(sweep, loop, slots)
@@ -303,7 +330,8 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
         suggestion = config.get("suggestion", config)
         trial = sweep.trial(suggestion)
         if ray.get(searcher.claim.remote(tune_id, suggestion, trial)):
-            reason = _train(sweep, trial, searcher, loop)
+            to_tune = _report_to_tune(sweep.search.metric, trial.training.epochs)
+            reason = train_leased(sweep, trial, searcher, loop, callbacks=[to_tune])
             if reason == STOPPED and ray.get(searcher.is_leaving.remote()):
                 threading.Event().wait()  # for the end of all: what is reported now would count
             if reason is not None:
@@ -312,29 +340,38 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
         else:
             while (first := ray.get(searcher.first.remote(trial.id))).state == "open":
                 time.sleep(_POLL_SECONDS)
-            trial = sweep.trial(first.suggestion)
+            trial = trial_of(sweep, first)
         _report_last(sweep, trial)
 
     return codetr_trial
 
 
-def _train(sweep: Sweep, trial: Trial, searcher: Any, loop: Loop) -> str | None:
-    """Train the trial unless it is trained; returns why it failed."""
+def train_leased(
+    sweep: Sweep,
+    trial: Trial,
+    searcher: Any,
+    loop: Loop,
+    *,
+    callbacks: Sequence[Any] = (),
+    until: int | None = None,
+) -> str | None:
+    """Train the trial unless it is trained, once no other invocation does; returns why it failed.
+
+    Args:
+        searcher: as actor handle.
+        callbacks: Ray Train's.
+        until: the epoch after which to end; default the trial's last.
+    """
     _wait_for_lease(sweep, trial, searcher)
-    if result_on_disk(sweep.plan, trial).state == "finished":
+    until = until or trial.training.epochs
+    if len(result_on_disk(sweep.plan, trial).history) >= until:
         return None
     try:
-        reason = fit(
-            sweep.plan,
-            trial,
-            searcher,
-            loop,
-            callbacks=[_report_to_tune(sweep.search.metric, trial.training.epochs)],
-        )
+        reason = fit(sweep.plan, trial, searcher, loop, callbacks=callbacks, until=until)
     except Exception as error:  # Ray's own: one trial's failure, not the sweep's
         return failure_text(error)
     result = result_on_disk(sweep.plan, trial)
-    if reason is None and result.state != "finished":
+    if reason is None and len(result.history) < until:
         return f"ended after {len(result.history)} epochs"
     return reason
 
@@ -388,9 +425,26 @@ def _report_last(sweep: Sweep, trial: Trial) -> None:
     tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
 
 
+def trial_of(sweep: Sweep, entry: Entry) -> Trial:
+    """The trial that an entry of the ledger stands for."""
+    return sweep.trial(entry.suggestion, entry.turns)
+
+
+def is_done(entry: Entry) -> bool:
+    return entry.state in ("finished", "stopped")
+
+
+def is_complete(sweep: Sweep, entries: list[Entry]) -> bool:
+    """Whether every suggestion was made, and has finished or was stopped by the scheduler; of a
+    population, whether every place has finished, whoever failed there before."""
+    if sweep.is_population:
+        entries = [*{e.member: e for e in sorted(entries, key=lambda e: e.number)}.values()]
+    return len(entries) >= sweep.count and all(map(is_done, entries))
+
+
 def sweep_result(sweep: Sweep, entry: Entry) -> TrialResult:
     """What a suggestion's trial has left, in the state that the ledger knows."""
-    result = result_on_disk(sweep.plan, sweep.trial(entry.suggestion))
+    result = result_on_disk(sweep.plan, trial_of(sweep, entry))
     if entry.state == "failed":
         return replace(result, state="failed", reason=entry.reason)
     if entry.state == "stopped" and result.state != "finished":

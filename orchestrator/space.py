@@ -78,9 +78,9 @@ class Dimension(Strict):
         """The values as a suggestion holds them; of a range its ends."""
         if self.values is not None:
             return [_scalar(value) for value in self.values]
-        return [self._number(bound) for bound in (self.low, self.high) if bound is not None]
+        return [self.number(bound) for bound in (self.low, self.high) if bound is not None]
 
-    def _number(self, value: float) -> Scalar:
+    def number(self, value: float) -> Scalar:
         return round(value) if self.integer else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
     def is_there(self, chosen: Suggestion) -> bool:
@@ -95,7 +95,7 @@ class Dimension(Strict):
             return value
         if self.integer:
             return draws.suggest_int(self.name, round(self.low), round(self.high), log=self.log)
-        return self._number(draws.suggest_float(self.name, self.low, self.high, log=self.log))
+        return self.number(draws.suggest_float(self.name, self.low, self.high, log=self.log))
 
     def __str__(self) -> str:
         if self.values is not None:
@@ -181,6 +181,11 @@ class Space(Strict):
                 raise ConfigError(f"space: {dimension.name} and another both give {key}")
             by_key[key] = f"{dimension.setting}={_text(suggestion[dimension.name])}"
         return list(by_key.values())
+
+    def by_setting(self, suggestion: Suggestion) -> dict[str, Scalar]:
+        """The suggestion's values by the full names of their settings."""
+        given = [d for d in self.dimensions if d.name in suggestion and d.setting is not None]
+        return {full_key(str(d.setting)): suggestion[d.name] for d in given}
 
     def layer(self, suggestion: Suggestion) -> Layer:
         return parse_settings(self.assignments(suggestion))

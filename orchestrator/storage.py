@@ -109,7 +109,7 @@ class Storage:
         if stored is None:
             self.filesystem.mv(ledger, f"{ledger}.damaged")
             return
-        reported = {checkpoint.path for checkpoint, _ in stored.best_checkpoints or []}
+        reported = _reported(stored)
         last = max(map(place_of, reported), default=(0, 0))
         for checkpoint in self.checkpoints(trial):
             if checkpoint not in reported and place_of(checkpoint) >= last:
@@ -145,6 +145,41 @@ class Storage:
         if self.checkpoints(trial):
             target = PurePosixPath(self.root).parent / to
             self.filesystem.mv(f"{self.root}/{trial}", str(target), recursive=True)
+
+    def hand_over(self, donor: str, place: tuple[int, int], heir: str) -> bool:
+        """Copy a trial's checkpoint to another trial, which goes on from it.
+
+        Args:
+            place: epoch and step of the checkpoint.
+
+        Returns:
+            False if the donor has none: it is not kept for ever.
+        """
+        wanted = [c for c in self.checkpoints(donor) if place_of(c) == place]
+        if not wanted:
+            return False
+        target = f"{self.root}/{heir}/{_name(wanted[-1])}"
+        self.filesystem.makedirs(target, exist_ok=True)
+        for file in self.filesystem.ls(wanted[-1], detail=False):
+            copy = f"{target}/{_name(file)}"
+            # Half a copy, of a process that was killed, is made again.
+            if not self._is_as_long(copy, self.filesystem.size(file)):
+                self.filesystem.cp_file(file, copy)
+        return True
+
+    def forget(self, trial: str, place: tuple[int, int]) -> None:
+        """Remove the checkpoint that was handed over to the trial, once it has others of its own.
+
+        Args:
+            place: epoch and step of the checkpoint.
+        """
+        own = _reported(self.result(trial))
+        for checkpoint in self.checkpoints(trial):
+            if own and place_of(checkpoint) == place and checkpoint not in own:
+                self.filesystem.rm(checkpoint, recursive=True)
+
+    def _is_as_long(self, file: str, size: int) -> bool:
+        return bool(self.filesystem.exists(file) and self.filesystem.size(file) == size)
 
     def of_experiment(self, name: str) -> Storage:
         """Where another experiment has its trials, if it has them in the same place."""
@@ -194,6 +229,12 @@ def local_checkpoint(place: str) -> Iterator[Path]:
         except Exception as error:  # each file system raises its own
             raise ConfigError(f"{url}: {one_line(error)}") from None
         yield copy
+
+
+def _reported(result: Any) -> set[str]:
+    """The checkpoints that Ray Train's ledger knows."""
+    known = (result and result.best_checkpoints) or []
+    return {checkpoint.path for checkpoint, _ in known}
 
 
 def _name(path: str) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from codetr.config import ConfigError, Strict, nearest, parse
 from orchestrator.experiment import (
@@ -23,15 +23,23 @@ from orchestrator.experiment import (
     read_extended,
 )
 from orchestrator.plan import Options, Plan, Trial, make_plan
+from orchestrator.population import (
+    Turn,
+    default_interval,
+    exchanges,
+    found,
+    require_population,
+)
 from orchestrator.results import LVIS_METRICS, METRICS
+from orchestrator.schedule import changeable_key
 from orchestrator.settings import full_key
 from orchestrator.share import share
 from orchestrator.space import Space, Suggestion, parse_over
 
 Searcher = Literal["optuna", "grid", "random"]
-Scheduler = Literal["asha", "none"]
+Scheduler = Literal["asha", "none", "pbt"]
 
-_OWN_KEYS = ("space", "searcher", "scheduler", "samples", "metric")
+_OWN_KEYS = ("space", "searcher", "scheduler", "samples", "metric", "interval")
 _BASE = "ablation-k"
 """Whose sizes a sweep has that names no experiment."""
 
@@ -40,7 +48,8 @@ class Search(Strict):
     """How a space is searched.
 
     ``optuna`` is its TPE sampler; ``random`` draws the same space blindly; ``grid`` takes every
-    combination once, whatever ``samples`` says.
+    combination once, whatever ``samples`` says. The scheduler ``pbt`` has a population of
+    ``samples``, whose beginning is drawn blindly.
     """
 
     space: Space
@@ -49,8 +58,16 @@ class Search(Strict):
     samples: PositiveInt = 20
     metric: str = "AP"
     """Of the validation images, to be maximised."""
+    interval: PositiveInt | None = None
+    """Of pbt: epochs between two exchanges of its population; None: a quarter of all."""
     seed: int = 0
     """Of every trial, and of what is drawn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _population_is_drawn(cls, data: Any) -> Any:
+        is_population = isinstance(data, dict) and data.get("scheduler") == "pbt"
+        return {"searcher": "random", **data} if is_population else data
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ class SweepOptions:
     searcher: str | None = None
     scheduler: str | None = None
     metric: str | None = None
+    interval: int | None = None
     seed: int | None = None
     common: Options = field(default_factory=Options)
 
@@ -80,20 +98,36 @@ class Sweep:
     options: Options
     plan: Plan
 
-    def trial(self, suggestion: Suggestion) -> Trial:
+    def trial(self, suggestion: Suggestion, turns: tuple[Turn, ...] = ()) -> Trial:
         """The trial that a suggestion stands for.
+
+        Args:
+            turns: of a member of a population, after that beginning.
 
         Raises:
             ConfigError: its settings are not valid together.
         """
-        return self._plan(suggestion).trials[0]
+        plan = _plan_of(self.experiment, self.search, self.options, suggestion, turns)
+        return plan.trials[0]
 
-    def _plan(self, suggestion: Suggestion) -> Plan:
-        return _plan_of(self.experiment, self.search, self.options, suggestion)
+    @property
+    def is_population(self) -> bool:
+        return self.search.scheduler == "pbt"
+
+    @property
+    def epochs(self) -> int:
+        """Of each of a population's members."""
+        return self.plan.trials[0].training.epochs
+
+    @property
+    def interval(self) -> int:
+        """Epochs between two exchanges of the population."""
+        training = self.plan.trials[0].training
+        return self.search.interval or default_interval(self.epochs, training.evaluate_every)
 
     @cached_property
     def count(self) -> int:
-        """The number of suggestions."""
+        """The number of suggestions; the size of a population."""
         if self.search.searcher == "grid":
             return len(self.search.space.grid())
         return self.search.samples
@@ -104,9 +138,11 @@ class Sweep:
 
     def definition(self) -> dict[str, Any]:
         """What must be the same for a sweep to go on in its folder."""
-        trial = self.plan.trials[0]
+        trial, search = self.plan.trials[0], self.search.model_dump(mode="json")
+        if not self.is_population:
+            del search["interval"]
         return {
-            "search": self.search.model_dump(mode="json"),
+            "search": search,
             "profile": self.plan.profile,
             "settings": list(self.options.settings),
             # Resolved, so that an edited experiment file is another sweep, too.
@@ -139,6 +175,7 @@ def read_sweep(name: str | None, given: SweepOptions) -> tuple[Experiment, Searc
         str(experiment.file),
     )
     _require_sense(search, given.common)
+    _require_own_settings(experiment, search)
     return experiment, search
 
 
@@ -155,7 +192,30 @@ def plan_sweep(experiment: Experiment, search: Search, common: Options) -> Sweep
     plans = [_plan_of(experiment, search, options, suggestion) for suggestion in suggestions]
     first = {trial.id: trial for plan in plans for trial in plan.trials}
     plan = replace(plans[0], experiment=experiment, trials=tuple(first.values()))
-    return Sweep(search, experiment, options, plan)
+    sweep = Sweep(search, experiment, options, plan)
+    if sweep.is_population:
+        _require_exchanges(sweep)
+    return sweep
+
+
+def _require_exchanges(sweep: Sweep) -> None:
+    found(sweep.search.space, sweep.count, sweep.search.seed)  # that there are as many
+    trial = sweep.plan.trials[0]
+    for key in sweep.search.space.settings:
+        root, *path = key.split(".")
+        if root == "heads" and path[0] not in [head.type for head in trial.detector.heads]:
+            raise ConfigError(f"pbt: {key} changes nothing: the detector has no head '{path[0]}'")
+    every = trial.training.evaluate_every
+    if sweep.interval % every:
+        raise ConfigError(
+            f"--interval {sweep.interval}: members are compared when they are evaluated: give a "
+            f"multiple of training.evaluate_every={every}"
+        )
+    if not exchanges(sweep.epochs, sweep.interval):
+        raise ConfigError(
+            f"pbt: no exchange every {sweep.interval} epochs within {sweep.epochs}: give a smaller "
+            "--interval, or more epochs"
+        )
 
 
 def _load(name: str | None) -> tuple[Experiment, dict[str, Any]]:
@@ -203,6 +263,14 @@ def _require_sense(search: Search, options: Options) -> None:
         key = full_key(assignment.partition("=")[0].strip())
         if key in search.space.settings:
             raise ConfigError(f"--set {assignment}: the sweep itself decides {key}")
+    if search.scheduler == "pbt":
+        require_population(search.space)
+        if search.searcher != "random":
+            raise ConfigError("pbt draws its first population blindly: give --searcher random")
+        if search.samples < 2:
+            raise ConfigError(f"--samples {search.samples}: a population has 2 members at least")
+    elif search.interval is not None:
+        raise ConfigError(f"--interval {search.interval} is for --scheduler pbt alone")
     if search.scheduler == "asha" and "training.epochs" in search.space.settings:
         raise ConfigError(
             "asha compares trials after equal epochs of equal schedules: do not sweep epochs, or "
@@ -210,13 +278,35 @@ def _require_sense(search: Search, options: Options) -> None:
         )
 
 
+def _require_own_settings(experiment: Experiment, search: Search) -> None:
+    """See that no schedule of the experiment changes what the sweep decides."""
+    layers = [experiment, *experiment.profiles.values()]
+    changes = [change for layer in layers for change in layer.schedule or ()]
+    if changes and search.scheduler == "pbt":
+        raise ConfigError(f"{experiment.file}: pbt finds a schedule: take the file's out")
+    for key in (changeable_key(key) for change in changes for key in change.settings):
+        if key in search.space.settings:
+            raise ConfigError(f"{experiment.file}: schedule: the sweep itself decides {key}")
+
+
 def _plan_of(
-    experiment: Experiment, search: Search, options: Options, suggestion: Suggestion
+    experiment: Experiment,
+    search: Search,
+    options: Options,
+    suggestion: Suggestion,
+    turns: tuple[Turn, ...] = (),
 ) -> Plan:
     """The plan of the one arm that a suggestion is."""
-    layer = search.space.layer(suggestion)
-    name = suggestion_text(suggestion)
-    arm = Arm.model_validate(layer.settings)
+    layer, name = search.space.layer(suggestion), suggestion_text(suggestion)
+    schedule = None
+    if turns:
+        # Short whatever the number of turns, for it names a folder; the id tells the rest.
+        name = f"{suggestion_text(turns[-1].suggestion)} after epoch {turns[-1].after_epoch}"
+        schedule = [
+            {"after_epoch": turn.after_epoch, "settings": search.space.by_setting(turn.suggestion)}
+            for turn in turns
+        ]
+    arm = Arm.model_validate({**layer.settings, "schedule": schedule})
     return make_plan(experiment.model_copy(update={"arms": {name: arm}}), options)
 
 

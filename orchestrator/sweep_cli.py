@@ -37,14 +37,25 @@ def sweep(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Suggestions; a grid takes every combination.")
+        int | None,
+        typer.Option(
+            min=1, help="Suggestions, or members for pbt; a grid takes every combination."
+        ),
     ] = None,
     searcher: Annotated[
-        Literal["optuna", "grid", "random"] | None, typer.Option(help="Default: optuna.")
+        Literal["optuna", "grid", "random"] | None,
+        typer.Option(help="Default: optuna; pbt draws at random."),
     ] = None,
     scheduler: Annotated[
         Literal["asha", "none", "pbt"] | None,
-        typer.Option(help="asha stops early what looks bad. Default: asha."),
+        typer.Option(
+            help="asha stops early what looks bad; pbt has the worst go on from the best with "
+            "other settings. Default: asha."
+        ),
+    ] = None,
+    interval: Annotated[
+        int | None,
+        typer.Option(min=1, help="pbt: epochs between exchanges. Default: a quarter of them."),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="To maximise. Default: AP.")] = None,
     max_concurrent: Annotated[
@@ -91,15 +102,9 @@ def sweep(
 
     The same command again goes on where it stopped.
     """
-    from codetr.config import ConfigError
     from orchestrator.plan import Options
     from orchestrator.sweep import SweepOptions, plan_sweep, read_sweep
 
-    if scheduler == "pbt":
-        raise ConfigError(
-            "--scheduler pbt: not offered: it changes settings in the middle of a training, so "
-            "what it finds is no configuration that 'codetr run' could repeat; take asha"
-        )
     common = Options(
         profile=profile,
         data=data,
@@ -121,6 +126,7 @@ def sweep(
         searcher=searcher,
         scheduler=scheduler,
         metric=metric,
+        interval=interval,
         seed=seed,
         common=common,
     )
@@ -164,10 +170,14 @@ def _show_sweep(console: Console, planned: Sweep) -> None:
     for dimension in search.space.dimensions:
         console.print(f"  {dimension.name:<{width}}  {dimension}", markup=False)
     trials = f"{planned.count} suggestions"
+    scheduler = f"scheduler {search.scheduler}"
+    if planned.is_population:
+        trials = f"a population of {planned.count}"
+        scheduler += f", an exchange every {planned.interval} of {planned.epochs} epochs"
     if search.searcher == "grid":
         trials += f", {len(plan.trials)} different trials"
     facts = {
-        "search": f"{search.searcher}, {trials}, scheduler {search.scheduler}, maximise "
+        "search": f"{search.searcher}, {trials}, {scheduler}, maximise "
         f"{search.metric}, seed {search.seed}",
         "detector": detector_text(trial.detector),
         "training": f"{trial.training.epochs} epochs × {trial.steps_per_epoch} steps, global "

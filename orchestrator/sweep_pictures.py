@@ -72,9 +72,9 @@ _NOT_THERE = -0.17
 
 
 def _height(dimension: Dimension, row: Row) -> float:
-    if dimension.name not in row.entry.suggestion:
+    if dimension.name not in row.entry.latest:
         return _NOT_THERE
-    value = row.entry.suggestion[dimension.name]
+    value = row.entry.latest[dimension.name]
     if dimension.low is None or dimension.high is None:
         choices = dimension.choices
         return choices.index(value) / (len(choices) - 1) if len(choices) > 1 else 0.5

@@ -14,6 +14,7 @@ import yaml
 from orchestrator.files import write_whole
 from orchestrator.results import TrialResult, Value
 from orchestrator.results import row as trial_row
+from orchestrator.schedule import schedule_text
 from orchestrator.search import Entry, sweep_result
 from orchestrator.space import Dimension
 from orchestrator.sweep import Sweep, suggestion_text
@@ -102,8 +103,11 @@ def importance(sweep: Sweep, rows: list[Row]) -> dict[str, float]:
     Of a dimension that is there only on condition: among the trials in which it was, or K would be
     counted again in all that hangs on it. The correlation ratio (between-group over total
     variance), adjusted for the number of groups as R² is for that of regressors, and not below 0.
-    A range's values go into quarters. What two dimensions explain only together is in neither.
+    A range's values go into quarters. What two dimensions explain only together is in neither. None
+    of it makes sense for a population, whose members change values and have weights in common.
     """
+    if sweep.is_population:
+        return {}
     trials = [row for row in rows if row.finished and row.is_first]
     shares = {}
     for dimension in real_choices(sweep):
@@ -170,6 +174,7 @@ def best_yaml(sweep: Sweep, best: Row) -> str:
         "data": trial.data.model_dump(mode="json"),
         "seeds": [trial.seed],
         "arms": {"best": {}},
+        "schedule": [change.model_dump(mode="json") for change in trial.schedule],
         "profiles": {
             plan.profile: {
                 "about": f"suggestion {best.entry.number}, trial {trial.id}: {metric} {epochs}",
@@ -177,7 +182,9 @@ def best_yaml(sweep: Sweep, best: Row) -> str:
             }
         },
     }
-    head = f"# {suggestion_text(best.entry.suggestion)}: {metric} {epochs}.\n"
+    if not trial.schedule:
+        del content["schedule"]
+    head = f"# {suggestion_text(best.entry.latest)}: {metric} {epochs}.\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -192,13 +199,21 @@ def _csv(sweep: Sweep, rows: list[Row]) -> str:
 
 
 def _csv_row(sweep: Sweep, row: Row) -> dict[str, Value]:
-    suggestion = row.entry.suggestion
+    suggestion = row.entry.latest
     own = trial_row(row.result)
     own.pop("arm")
     own.pop("paper_AP")
+    of_member: dict[str, Value] = {}
+    if sweep.is_population:
+        of_member = {
+            "member": row.entry.member,
+            "origin": row.entry.origin,
+            "schedule": schedule_text(row.result.trial.schedule),
+        }
     return {
         "rank": row.rank,
         "suggestion": row.entry.number,
+        **of_member,
         **{d.name: suggestion.get(d.name) for d in sweep.search.space.dimensions},
         **own,
         "status": _status(row),
@@ -220,8 +235,7 @@ def _markdown(sweep: Sweep, rows: list[Row]) -> str:
         "",
         experiment.question,
         "",
-        f"{len(rows)} of {sweep.count} suggestions by {search.searcher}, scheduler "
-        f"{search.scheduler}; profile {sweep.plan.profile}, `{trial.data.dataset}` "
+        f"{_what(sweep, rows)}; profile {sweep.plan.profile}, `{trial.data.dataset}` "
         f"({trial.facts.fingerprint}), {trial.training.epochs} epochs, seed {search.seed}. "
         f"{search.metric} in percent after the last epoch that was trained.",
         "",
@@ -250,19 +264,38 @@ def _markdown(sweep: Sweep, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _what(sweep: Sweep, rows: list[Row]) -> str:
+    search = sweep.search
+    if sweep.is_population:
+        return (
+            f"{len(rows)} members of a population of {sweep.count}, which exchanges every "
+            f"{sweep.interval} epochs (scheduler {search.scheduler}); values are the last ones, "
+            "costs those of the same training from its beginning"
+        )
+    return (
+        f"{len(rows)} of {sweep.count} suggestions by {search.searcher}, scheduler "
+        f"{search.scheduler}"
+    )
+
+
 def _rank_of(row: Row, rows: list[Row]) -> int | None:
     return next(other.rank for other in rows if other.entry.trial == row.entry.trial)
 
 
 def _table(sweep: Sweep, rows: list[Row]) -> list[str]:
     names = [dimension.name for dimension in sweep.search.space.dimensions]
-    head = ["rank", "#", *names, sweep.search.metric, "epochs", "core-h", "GPU-h", "status"]
+    names_of_member = ["from"] if sweep.is_population else []
+    head = [
+        "rank", "#", *names, *names_of_member, sweep.search.metric, "epochs", "core-h", "GPU-h",
+        "status",
+    ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
     for row in rows:
         cells = [
             str(row.rank or ABSENT),
             str(row.entry.number),
-            *(str(row.entry.suggestion.get(name, ABSENT)) for name in names),
+            *(str(row.entry.latest.get(name, ABSENT)) for name in names),
+            *([row.entry.origin or ABSENT] if sweep.is_population else []),
             ABSENT if row.metric is None else f"{row.metric:.1f}",
             str(len(row.result.history)),
             _hours(row, "cost/core_hours"),

@@ -20,11 +20,21 @@ from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, let_save
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
+from orchestrator.population_search import PopulationSearcher
 from orchestrator.recorder import Recorder
 from orchestrator.records import keep_history, note, sign_in
 from orchestrator.report import write_trial_files
 from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage
-from orchestrator.search import Entry, read_ledger, start_searcher, sweep_result
+from orchestrator.search import (
+    Entry,
+    Searcher,
+    is_complete,
+    is_done,
+    read_ledger,
+    start_searcher,
+    sweep_result,
+    trial_of,
+)
 from orchestrator.sweep import Sweep, require_same_sweep
 from orchestrator.sweep_report import Row, ranked, write_report
 from orchestrator.tracking import Status
@@ -45,7 +55,7 @@ class SweepOutcome(Outcome):
     """What a sweep leaves behind, its results by rank.
 
     Attributes:
-        complete: every suggestion was made, and has finished or was stopped by the scheduler.
+        complete: see :func:`orchestrator.search.is_complete`.
     """
 
     complete: bool = True
@@ -53,10 +63,6 @@ class SweepOutcome(Outcome):
     @property
     def exit_code(self) -> int:
         return int(not self.complete) if self.interrupted is None else self.interrupted
-
-
-def is_done(entry: Entry) -> bool:
-    return entry.state in ("finished", "stopped")
 
 
 def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
@@ -92,7 +98,7 @@ class _SweepRun:
             before = read_ledger(self.sweep.folder)
             done = [entry for entry in before if is_done(entry)]
             try:
-                self._start(with_ray=len(done) < self.sweep.count)
+                self._start(with_ray=not is_complete(self.sweep, before))
                 self._take_over(done)
                 if self.cluster.started:
                     self._search()
@@ -143,7 +149,7 @@ class _SweepRun:
 
     def _trial(self, entry: Entry) -> Trial:
         if entry.trial not in self.trials:
-            self.trials[entry.trial] = self.sweep.trial(entry.suggestion)
+            self.trials[entry.trial] = trial_of(self.sweep, entry)
         return self.trials[entry.trial]
 
     # -------------------------------------------------------------------------------- searching
@@ -152,12 +158,13 @@ class _SweepRun:
         import ray
 
         with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
-            searcher = start_searcher(self.sweep, self.loop, self.slots)
+            kind = PopulationSearcher if self.sweep.is_population else Searcher
+            searcher = start_searcher(kind, self.sweep, self.loop, self.slots)
             search = searcher.search.remote()
         search_text = f"{self.sweep.search.searcher}, {self.sweep.search.scheduler}"
-        self.view.stage(
-            f"searching {self.sweep.count} suggestions ({search_text}), {self.slots} at a time"
-        )
+        count = self.sweep.count
+        what = f"a population of {count}" if self.sweep.is_population else f"{count} suggestions"
+        self.view.stage(f"searching {what} ({search_text}), {self.slots} at a time")
         over = False
         try:
             while not over:
@@ -246,7 +253,7 @@ class _SweepRun:
             files,
             interrupted,
             self.cluster.logs if failed else None,
-            complete=len(entries) >= self.sweep.count and all(map(is_done, entries)),
+            complete=is_complete(self.sweep, entries),
         )
         if self.recorder is not None:
             self._rank(rows)
@@ -261,7 +268,9 @@ class _SweepRun:
 
 
 def suggestion_tags(entry: Entry) -> dict[str, str]:
-    values = {f"suggestion.{name}": str(value) for name, value in entry.suggestion.items()}
+    values = {f"suggestion.{name}": str(value) for name, value in entry.latest.items()}
+    values |= {"member": str(entry.member)} if entry.member else {}
+    values |= {"origin": entry.origin} if entry.origin else {}
     return {**values, "suggestion": str(entry.number)}
 
 

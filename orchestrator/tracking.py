@@ -296,7 +296,10 @@ def is_permanent(error: Exception) -> bool:
 
 def configuration(trial: Trial) -> dict[str, Any]:
     """What a trial is, as plain values for YAML."""
-    return trial.model_dump(mode="json", include={"arm", "seed", "detector", "training", "data"})
+    parts = {"arm", "seed", "detector", "training", "data"}
+    if trial.schedule:
+        parts.add("schedule")
+    return trial.model_dump(mode="json", include=parts)
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:

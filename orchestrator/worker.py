@@ -99,12 +99,12 @@ class Wishes:
 
 
 def train(job: dict[str, Any]) -> str | None:
-    """Ray Train's training loop: train ``job["trial"]`` to its end, from its last checkpoint.
+    """Ray Train's training loop: train ``job["trial"]`` from its last checkpoint.
 
     Args:
         job: ``trial`` as plain values, ``folder`` of its files, ``storage`` of its checkpoints,
             ``board`` as actor handle, ``cpus`` of each worker, ``full_strength``: the number of
-            workers that there are at most.
+            workers that there are at most, ``until``: the epoch after which to end.
 
     Returns:
         Why the trial ended without success, where trying again would end the same; STOPPED or
@@ -123,7 +123,7 @@ def train(job: dict[str, Any]) -> str | None:
     with trial_log(folder, rank, world_size):
         training = _Training(trial, rank, world_size, tell, job)
         try:
-            while training.state.epoch < trial.training.epochs:
+            while training.state.epoch < job["until"]:
                 wish = training.epoch()
                 if wish in (RESIZED, STOPPED):
                     log.info("%s, before %s", wish, training.place)
@@ -182,20 +182,21 @@ class _Training:
         )
         saved = chosen and storage.fetch(chosen, into=Path.cwd())
         self.notes += [problem] if problem else []
+        checkpoint = load_checkpoint(saved) if saved else None
+        detector, training = trial.settings_in(checkpoint.last_begun if checkpoint else 1)
         state = TrainingState.start(
-            without_download(trial.detector) if saved else trial.detector,
-            trial.training,
+            without_download(detector) if saved else detector,
+            training,
             trial.data,
             self.train_set.classes,
             seed=trial.seed,
             steps_per_epoch=len(self.train_set) // trial.training.batch_size,
             device=get_device(),
         )
-        if saved:
-            checkpoint = load_checkpoint(saved)
+        if saved and checkpoint:
             state.restore(checkpoint)
-            parts = max(trial.training.accumulate, checkpoint.training.accumulate)
-            state.training = trial.training.model_copy(update={"accumulate": parts})
+            parts = max(training.accumulate, checkpoint.training.accumulate)
+            state.training = training.model_copy(update={"accumulate": parts})
             self.history = read_history(saved)
             self.notes += read_notes(saved)
         return state
@@ -238,6 +239,7 @@ class _Training:
         from codetr.training import train_epoch
 
         state = self.state
+        self._hold_settings(state.epoch + 1)
         loader = self.build_loader(
             self.train_set, training=True, epoch=state.epoch + 1, taken=state.taken
         )
@@ -248,6 +250,14 @@ class _Training:
             return self.wish
         self._report(self._evaluate_and_note(report))
         return self._agree() if state.epoch < self.trial.training.epochs else ""
+
+    def _hold_settings(self, epoch: int) -> None:
+        """Have the settings of the trial's schedule hold in that epoch."""
+        if not self.trial.schedule:
+            return
+        detector, training = self.trial.settings_in(epoch)
+        accumulate = {"accumulate": self.state.training.accumulate}
+        self.state.hold(detector, training.model_copy(update=accumulate))
 
     def _leave(self, step: int) -> bool:
         return step % _AGREE_STEPS == 0 and self._agree() != ""

@@ -1,0 +1,107 @@
+"""An exchange in the searcher, on what members have left on disk; the real thing is in e2e."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from test_population import population_sweep
+from trial_samples import sample_epoch
+
+from codetr.checkpoint import FILE_NAME
+from orchestrator.population_search import POPULATION, PopulationSearcher, read_population
+from orchestrator.search import read_ledger
+from orchestrator.storage import checkpoint_name
+from orchestrator.sweep_run import stop_reason, suggestion_tags
+
+EPOCH = 2
+
+
+class Searching(PopulationSearcher):
+    """Four members after the second epoch, the third of them the best."""
+
+    def enter(self, aps=(0.1, 0.3, 0.4, 0.2)):
+        members = self._found()
+        for member, ap in zip(members, aps, strict=True):
+            trial = self._trial(member)
+            self._enter(member)
+            name = checkpoint_name(EPOCH, EPOCH * trial.steps_per_epoch, "abcdefgh")
+            folder = self.sweep.plan.store / trial.name / name
+            folder.mkdir(parents=True, exist_ok=True)
+            history = [asdict(sample_epoch(epoch, ap)) for epoch in (1, EPOCH)]
+            (folder / "history.json").write_text(json.dumps(history))
+            (folder / FILE_NAME).write_text(f"weights of {member.number}")
+        return members
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    sweep = population_sweep(tmp_path)
+    sweep.folder.mkdir(parents=True)
+    return sweep
+
+
+def searching(sweep):
+    return Searching(sweep, loop=None, slots=2)
+
+
+def handed_over(searcher, member):
+    (folder,) = (searcher.sweep.plan.store / searcher._trial(member).name).glob("epoch-*")
+    return (folder / FILE_NAME).read_text()
+
+
+def test_the_worst_is_replaced_and_all_of_it_written_down(sweep):
+    searcher = searching(sweep)
+    members = searcher.enter()
+    after = searcher._exchange(members, EPOCH)
+    assert after[1:] == members[1:]
+    assert handed_over(searcher, after[0]) == "weights of 3"
+    assert read_population(sweep.folder) == (EPOCH, after)
+    entries = read_ledger(sweep.folder)
+    assert [entry.state for entry in entries] == ["stopped", "open", "open", "open", "open"]
+    replaced, new = entries[0], entries[-1]
+    assert stop_reason(replaced) == "replaced by #5, from #3, after epoch 2"
+    assert (new.member, new.origin, new.turns) == (1, "#3 after epoch 2", after[0].turns)
+    tags = suggestion_tags(new)
+    assert (tags["suggestion"], tags["member"], tags["origin"]) == ("5", "1", "#3 after epoch 2")
+    assert tags["suggestion.lambda_2"] == str(after[0].latest["lambda_2"])
+    # In this order others hear of it: begun, begun, begun, begun; the new one, the end of the old.
+    assert [entry.number for entry in searcher.fetch_entries()] == [1, 2, 3, 4, 5, 1]
+
+
+def test_killed_before_it_was_written_down_the_same_comes_of_it(sweep):
+    once = searching(sweep)
+    after = once._exchange(once.enter(), EPOCH)
+    before = read_ledger(sweep.folder)
+    (sweep.folder / POPULATION).unlink()
+    again = searching(sweep)
+    assert again._exchange(again.enter(), EPOCH) == after
+    again.ledger.close()
+    assert sorted(read_ledger(sweep.folder), key=lambda e: e.number) == before
+
+
+def test_what_has_failed_is_replaced_and_stays_failed(sweep):
+    searcher = searching(sweep)
+    members = searcher.enter()
+    searcher._end(searcher._entry(members[1]), "failed", "loss not finite")
+    after = searcher._exchange(members, EPOCH)
+    assert [member.donor for member in after] == [3, 3, None, None]
+    failed = read_ledger(sweep.folder)[1]
+    assert (failed.state, failed.reason) == ("failed", "loss not finite")
+
+
+def test_if_all_have_failed_nobody_is_left(sweep):
+    searcher = searching(sweep)
+    members = searcher.enter()
+    for member in members:
+        searcher._end(searcher._entry(member), "failed", "loss not finite")
+    assert searcher._exchange(members, EPOCH) == []
+
+
+def test_a_donor_without_its_checkpoint_is_told(sweep):
+    searcher = searching(sweep)
+    members = searcher.enter()
+    (folder,) = (sweep.plan.store / searcher._trial(members[2]).name).glob("epoch-*")
+    folder.rename(folder.with_name(checkpoint_name(EPOCH, 9999, "abcdefgh")))  # within the third
+    searcher._exchange(members, EPOCH)
+    origin = read_ledger(sweep.folder)[-1].origin
+    assert origin == ("#3 after epoch 2, trained again from the beginning: its checkpoint is gone")
