@@ -11,12 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from codetr.config import ConfigError, Strict, nearest, parse, read_yaml
+from codetr.layers import Settings, merge
 from orchestrator.share import share
 
-Settings = dict[str, Any]
 ProfileName = Literal["laptop", "paper"]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
@@ -25,10 +32,17 @@ class Layer(Strict):
     """Some settings of detector, training and data; what is absent comes from the layer below."""
 
     detector: Settings = Field(default_factory=dict)
+    """``name`` is a detector of the zoo, and lies beneath all layers; ``detector: NAME`` is short
+    for ``detector: {name: NAME}``."""
     heads: dict[str, Settings] = Field(default_factory=dict)
     """Settings of auxiliary heads by their kind, for arms that only name them."""
     training: Settings = Field(default_factory=dict)
     data: Settings = Field(default_factory=dict)
+
+    @field_validator("detector", mode="before")
+    @classmethod
+    def _detector_by_name(cls, detector: Any) -> Any:
+        return {"name": detector} if isinstance(detector, str) else detector
 
     @property
     def settings(self) -> dict[str, Settings]:
@@ -135,18 +149,6 @@ class Experiment(Layer):
             if settings.paper is not None and self.paper is None:
                 raise ValueError(f"arms.{arm_name}.paper needs the experiment's 'paper: table: …'")
         return self
-
-
-def merge(below: Settings, above: Settings) -> Settings:
-    """``above`` laid over ``below``, key by key in nested mappings; lists are replaced."""
-    merged = dict(below)
-    for key, value in above.items():
-        beneath = merged.get(key)
-        if isinstance(beneath, dict) and isinstance(value, dict):
-            merged[key] = merge(beneath, value)
-        else:
-            merged[key] = value
-    return merged
 
 
 # ------------------------------------------------------------------------------------ finding them

@@ -27,12 +27,12 @@ class FasterRcnnHead(Head):
         num_classes: int,
         strides: Sequence[int],
         positive_config: PositiveQueryConfig,  # noqa: ARG002  every head takes the same arguments
-        groups: int = 32,  # noqa: ARG002
+        groups: int = 32,
     ) -> None:
         super().__init__()
         self.config = config
         self.rpn = Rpn(config.rpn, channels, strides)
-        self.rcnn = Rcnn(config.rcnn, channels, num_classes, strides[:-1])
+        self.rcnn = Rcnn(config.rcnn, channels, num_classes, strides[:-1], groups)
 
     def forward(
         self, pyramid: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[Targets]
