@@ -88,8 +88,10 @@ def _console() -> Console:
 def image_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar that is gone in the end; what it gives is called with what is done, how many images it
     is done with, and of how many."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    nobody_looks = not console.is_terminal
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=nobody_looks) as bar:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:
