@@ -108,12 +108,14 @@ def test_convert_reports_and_eval_and_predict_take_it(
     assert "K = 2, 30 queries, 5 classes" in out
     assert "left out: 1, as mask_head.stages.0.weight (mask branch" in out
     assert "left out: 1, as optimizer (state of a training)" in out
-    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
-    code, out, err = command(
-        "predict", out_file, tmp_path / "a.png", "--output", tmp_path / "found"
-    )
+    image, found_in = tmp_path / "a.png", tmp_path / "found"
+    Image.new("RGB", (60, 40)).save(image)
+    code, out, err = command("predict", out_file, image, "--output", found_in)
     assert (code, err) == (0, "")
-    found = json.loads((tmp_path / "found/predictions.json").read_text())
+    found = json.loads((found_in / "predictions.json").read_text())
+    code, _, err = command("predict", f"file://{out_file}", image, "--output", tmp_path / "url")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "url/predictions.json").read_text()) == found
     assert [c["name"] for c in found["categories"]] == list("abcde")
     # The digits have other classes.
     folder = tmp_path / "digits"

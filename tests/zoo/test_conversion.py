@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official_files import MODELS, full_size, small
+from official_files import GOLDEN, MODELS, full_size, small
 
 import codetr.zoo
 from codetr.checkpoint import CheckpointError
@@ -73,6 +75,27 @@ def test_the_recorded_detectors_round_trip_to_the_bit(detector: str) -> None:
         assert torch.equal(value, official[name]), name
 
 
+@pytest.mark.parametrize("detector", ["co_dino", "co_deformable"])
+def test_sizes_are_read_off_shapes(detector: str) -> None:
+    """Against what the recorded detectors were made with."""
+    golden = json.loads((GOLDEN / detector / "config.json").read_text())
+    config = import_official(small(detector)).config
+    transformer = config.transformer.model_dump()
+    for name in ("embed_dim", "ffn_dim", "attention_heads", "sampling_points", "encoder_layers",
+                 "decoder_layers", "levels", "position_encoding", "group_norm_groups"):  # fmt: skip
+        assert transformer[name] == golden[name], name
+    assert config.num_classes == golden["classes"]
+    assert config.queries.count == golden["queries"]
+    assert config.backbone.model_dump()["width"] == golden["backbone"]["base_width"]
+    assert list(config.backbone.stages) == golden["backbone"]["outputs"]  # type: ignore[union-attr]
+    assert [head.type for head in config.heads] == golden["heads"]
+    rcnn = config.heads[0].rcnn  # type: ignore[union-attr]
+    assert (rcnn.fc_dim, rcnn.finest_scale) == tuple(
+        golden["rcnn"][name] for name in ("fc_dim", "finest_scale")
+    )
+    assert config.positive_queries.features == golden["positive_queries"]["coordinate_features"]
+
+
 def test_a_parallel_prefix_and_missing_counters_do_not_matter() -> None:
     official = small()
     state = {f"module.{n}": v for n, v in official.items() if "num_batches" not in n}
@@ -101,7 +124,7 @@ def test_masks_and_averages_are_dropped_and_reported() -> None:
     assert imported.state.keys() == import_official(official).state.keys()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_no_name_goes_missing_unseen(data: st.DataObject) -> None:
     official = {n: v for n, v in small().items() if "num_batches_tracked" not in n}

@@ -55,13 +55,14 @@ def test_the_file_detects_as_the_official_state_dict(official: Path, tmp_path: P
     assert len(ours) > 0
 
 
-def test_there_and_back_again_to_the_bit(official: Path, tmp_path: Path) -> None:
-    convert(official, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("detector", ["co_dino", "co_deformable"])
+def test_there_and_back_again_to_the_bit(detector: str, tmp_path: Path) -> None:
+    convert(write(tmp_path / "official.pth", small(detector)), tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", tmp_path / "again.pth")
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     assert again["meta"]["CLASSES"] == ("a", "b", "c", "d", "e")
-    assert again["state_dict"].keys() == small().keys()
-    for name, value in small().items():
+    assert again["state_dict"].keys() == small(detector).keys()
+    for name, value in small(detector).items():
         assert torch.equal(again["state_dict"][name], value), name
 
 
