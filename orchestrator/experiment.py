@@ -185,6 +185,7 @@ def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: an experiment is a mapping with 'question', 'arms', 'profiles'")
+    _spell_out_names(content)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -194,6 +195,16 @@ def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     # The sizes are inherited; what is asked and compared is not.
     own = ("name", "question", "paper", "arms")
     return merge({key: value for key, value in inherited.items() if key not in own}, content)
+
+
+def _spell_out_names(content: Settings) -> None:
+    """``detector: NAME`` as a mapping, so that an heir adds to it and does not replace it."""
+    layers = [content]
+    for group in (content.get("profiles"), content.get("arms")):
+        layers += group.values() if isinstance(group, dict) else []
+    for layer in layers:
+        if isinstance(layer, dict) and isinstance(layer.get("detector"), str):
+            layer["detector"] = {"name": layer["detector"]}
 
 
 # --------------------------------------------------------------------------------------- the paper

@@ -192,7 +192,9 @@ def _classes(meta: Any, count: int, file: Path) -> Classes:
     Those of COCO have COCO's ids; all others are numbered from 1, as in LVIS and Objects365.
     """
     coco = coco_classes()
-    named = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    newer = meta.get("dataset_meta")  # where MMDetection 3 has them
+    named = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, Mapping) else None)
     if named is None and count == len(coco):
         return coco
     if named is None:

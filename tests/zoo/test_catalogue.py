@@ -87,6 +87,30 @@ def test_parameters_are_those_of_the_built_detector(found: Entry) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        # Deformable DETR's own table of models: one stage, and two with refinement.
+        ("deformable-detr-r50", 40),
+        ("deformable-detr-two-stage-r50", 41),
+        # The paper's table 6.
+        ("co-dino-5scale-swin-l", TABLES["table6_lvis_systems"][0]["params"]),
+    ],
+)
+def test_published_numbers_of_parameters(name: str, millions: int | str) -> None:
+    measured = entry(name).measured
+    assert measured is not None
+    published = float(str(millions).removesuffix("M"))
+    assert measured.inference_parameters / 1e6 == pytest.approx(published, abs=0.5)
+
+
+def test_the_paper_counts_the_vit_alone() -> None:
+    """304 M in tables 5 and 6."""
+    backbone = on_meta(entry("co-dino-5scale-vit-l").config).backbone
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    assert f"{millions:.0f}M" == TABLES["table5_coco_systems"][0]["params"]
+
+
 def plain(config: DetectorConfig) -> DetectorConfig:
     """What is left at inference, and decides the FLOPs."""
     drop_path = {"drop_path": 0.0} if hasattr(config.backbone, "drop_path") else {}

@@ -106,6 +106,12 @@ def test_another_number_of_classes_says_both(official: Path, tmp_path: Path) -> 
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_classes_where_mmdetection_3_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.pth", small(), meta={"dataset_meta": {"classes": ("v", *"wxyz")}})
+    convert(path, tmp_path / "model.safetensors")
+    assert load_weights(tmp_path / "model.safetensors").classes.names == ("v", *"wxyz")
+
+
 def test_1203_classes_do_not_pass_for_1204() -> None:
     lvis = Classes(tuple(f"n{i}" for i in range(1203)), tuple(range(1, 1204)))
     more = Classes(tuple(f"n{i}" for i in range(1204)), tuple(range(1, 1205)))
