@@ -6,34 +6,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from codetr.zoo.catalogue import Entry, Published
 
-WIDE = 180
-"""Columns of a table that goes into a file or a pipe, where nothing is cut off."""
+NARROWEST, WIDE = 130, 180
+"""Columns of the table: at least so many, also where a terminal must wrap them; and so many where
+it goes into a file or a pipe."""
 
 
 def show_models(entries: list[Entry]) -> None:
     """A line for each detector."""
     console = _console()
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("detector", no_wrap=True)
-    table.add_column("backbone")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("detector", "backbone"):
+        table.add_column(column, no_wrap=True)
     for column in ("queries", "levels", "K"):
-        table.add_column(column, justify="right")
-    table.add_column("data")
-    for column in ("parameters", "in training", "GFLOPs"):
-        table.add_column(column, justify="right")
-    table.add_column("published AP (epochs)", overflow="fold")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("data", no_wrap=True)
+    for column in ("params", "training", "GFLOPs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("AP (epochs)", overflow="fold")
     for found in entries:
         table.add_row(found.name, *_sizes(found), aps(found.published))
     console.print(table)
-    if any(found.unavailable for found in entries):
-        console.print("–: listed for its published AP; codetr models NAME says what is missing")
+    console.print("params, training: millions of parameters at inference and in training. AP: as")
+    console.print("published; LSJ: with large-scale jitter. –: 'codetr models NAME' says why.")
 
 
 def show_detector(entry: Entry) -> None:
@@ -53,7 +53,7 @@ def show_detector(entry: Entry) -> None:
 
 
 def aps(published: tuple[Published, ...]) -> str:
-    """``52.1 (12), 54.8 (36, large-scale jitter)``; what several tables report, once."""
+    """``52.1 (12), 54.8 (36, LSJ)``; what several tables report, once."""
     texts = []
     for row in published:
         remarks = ", ".join(filter(None, [str(row.epochs or ""), row.note]))
@@ -68,7 +68,7 @@ def _sizes(entry: Entry) -> tuple[str, ...]:
     numbers = ["?", "?", "?"]
     if measured is not None:
         parameters = (measured.inference_parameters, measured.training_parameters)
-        numbers = [*(f"{n / 1e6:.1f} M" for n in parameters), f"{measured.gflops:,.0f}"]
+        numbers = [*(f"{n / 1e6:.1f}" for n in parameters), f"{measured.gflops:,.0f}"]
     return (
         config.backbone.name,
         str(config.queries.count),
@@ -80,8 +80,9 @@ def _sizes(entry: Entry) -> tuple[str, ...]:
 
 
 def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+    console = Console(highlight=False)
+    width = max(console.width, NARROWEST) if console.is_terminal else WIDE
+    return Console(highlight=False, width=width)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_models_has_a_line_for_each(command: Command) -> None:
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
     assert set(names()) < set(lines)
     sizes = " ".join(lines["co-dino-5scale-r50-k1"].split()[1:])
-    assert sizes == "resnet50 900 5 1 coco 48.0 M 50.2 M 1,720 51.0 (12)"
+    assert sizes == "resnet50 900 5 1 coco 48.0 50.2 1,720 51.0 (12)"
     assert lines["adamixer-r50"].split()[1:] == ["–", "coco", "47.0", "(36)"]
 
 
