@@ -92,7 +92,7 @@ def test_parameters_are_those_of_the_built_detector(found: Entry) -> None:
     [
         # Deformable DETR's own table of models: one stage, and two with refinement.
         ("deformable-detr-r50", 40),
-        ("deformable-detr-two-stage-r50", 41),
+        ("two-stage-deformable-detr-r50", 41),
         # The paper's table 6.
         ("co-dino-5scale-swin-l", TABLES["table6_lvis_systems"][0]["params"]),
     ],
@@ -158,7 +158,7 @@ def test_flops_are_those_of_the_built_detector(name: str, paper: float | None) -
 @pytest.mark.parametrize("found", entries(), ids=lambda found: found.name)
 def test_files_begin_with_what_they_are(found: Entry) -> None:
     assert found.file.read_text().startswith("# ")
-    assert found.published
+    assert found.published or not found.unavailable
 
 
 def test_every_part_is_used() -> None:
@@ -200,7 +200,7 @@ def small(config: DetectorConfig) -> DetectorConfig:
 
 FAMILIES = [
     "deformable-detr-r50-k2",
-    "deformable-detr-two-stage-r50",
+    "two-stage-deformable-detr-r50",
     "co-deformable-detr-r50",
     "co-deformable-detr-swin-t",
     "dino-5scale-r50",
