@@ -93,7 +93,7 @@ def test_the_uppermost_name_counts(tmp_path: Path) -> None:
 def test_an_heir_adds_to_a_named_detector(tmp_path: Path) -> None:
     """And may name another one, in the place of which it stands."""
     profiles = f"profiles:\n  laptop:{DIGITS}    detector: co-dino-5scale-r50\n"
-    (tmp_path / "parent.yaml").write_text(f"question: ?\narms: {{a: {{}}}}\n{profiles}")
+    (tmp_path / "parent.yaml").write_text(f"question: which?\narms: {{a: {{}}}}\n{profiles}")
     start = f"extends: {tmp_path / 'parent.yaml'}\narms: {{a: {{}}}}\n"
     more = plan_of(tmp_path, f"{start}profiles: {{laptop: {{detector: {{lambda_1: 0.5}}}}}}")
     assert more.trials[0].detector == named("co-dino-5scale-r50", lambda_1=0.5)
