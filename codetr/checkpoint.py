@@ -7,7 +7,7 @@ import os
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,7 +139,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not intact:
         raise CheckpointError(f"{path} is damaged: checksums differ; use an earlier checkpoint")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint that this version of codetr wrote")
+        official = isinstance(content, dict) and "state_dict" in content
+        raise CheckpointError(
+            f"{path} is not a checkpoint that this version of codetr wrote"
+            + ("; 'codetr convert' reads the original implementation's" if official else "")
+        )
     for key, config in (
         ("detector", DetectorConfig),
         ("training", TrainingConfig),
@@ -153,7 +157,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**content, source=str(path))
 
 
-def build_model(checkpoint: Checkpoint) -> CoDETR:
+class Trained(Protocol):
+    """What a detector is built from: a checkpoint, or weights without a training."""
+
+    @property
+    def model(self) -> dict[str, Tensor]: ...
+    @property
+    def detector(self) -> DetectorConfig: ...
+    @property
+    def source(self) -> str: ...
+
+
+def build_model(checkpoint: Trained) -> CoDETR:
     """The trained detector in evaluation mode, on the CPU.
 
     Raises:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from codetr.backbones import MultiScaleAdapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
-from codetr.config import DetectorConfig, nearest
+from codetr.config import DataConfig, DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
 from codetr.heads import build_head
 from codetr.heads.head import Head
@@ -29,6 +30,10 @@ from codetr.structures import (
 )
 from codetr.transformer import Decoder, Encoder
 
+if TYPE_CHECKING:
+    from codetr.data import Classes
+    from codetr.inference import ImageLike
+
 
 class CoDETR(nn.Module):
     """A DETR trained with collaborative hybrid assignments (figure 4 of the paper).
@@ -36,7 +41,15 @@ class CoDETR(nn.Module):
     Inference is backbone, neck, encoder, query selection and decoder. Training adds the auxiliary
     heads on the memory, and their positives as further groups of queries of the same decoder;
     without heads (K = 0) it is the DETR baseline.
+
+    Attributes:
+        data: how :meth:`predict` resizes and normalises images; as in training, where it is read
+            from a checkpoint.
+        classes: names and ids by class number; None where they are not known.
     """
+
+    data: DataConfig = DataConfig()
+    classes: Classes | None = None
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -82,6 +95,70 @@ class CoDETR(nn.Module):
                         dynamic_anchors=config.queries.dynamic_anchors,
                     )
                 )
+
+    @classmethod
+    def from_checkpoint(cls, path: Path | str) -> Self:
+        """The detector of a file that ``codetr convert`` or a training wrote, in evaluation mode on
+        the CPU, with its classes.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of somebody else.
+        """
+        from codetr.weights import load_weights
+
+        return cast(Self, load_weights(Path(path).expanduser()).build())
+
+    @classmethod
+    def from_name(cls, name: str, *, pretrained: bool = True) -> Self:
+        """An untrained detector of the zoo ('codetr models').
+
+        Args:
+            name: as ``co-dino-5scale-r50``.
+            pretrained: its backbone starts from published weights, which are downloaded if need
+                be; False: at random.
+
+        Raises:
+            ConfigError: the zoo has no such detector, or the weights cannot be had.
+        """
+        from codetr.zoo.catalogue import entry
+
+        named = entry(name)
+        config, backbone = named.config, named.config.backbone
+        if not pretrained:
+            backbone = backbone.model_copy(update={"pretrained": False})
+        model = cls(config.model_copy(update={"backbone": backbone}))
+        model.data = named.data_config
+        return model
+
+    def predict(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        batch_size: int = 8,
+        branch: str = QUERY,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> list[Detections]:
+        """Detect in images of any kinds and sizes, on the device that the model is on.
+
+        Args:
+            images: each a PIL image, the path of an image file, a numpy array (H, W, 3) or (H, W)
+                of uint8, or a tensor (3, H, W) of uint8; colours are red, green, blue in this
+                order (OpenCV's are not).
+            batch_size: at most so many images go through the model together. Only images that it
+                sees at the same size do, so that no image's result depends on the others.
+            branch: see :meth:`detect`.
+            precision: bf16 computes in bfloat16 where autocast holds that to be safe.
+
+        Returns:
+            One entry for each image, in their order, on the CPU; boxes in pixels of that image.
+
+        Raises:
+            DataError: a file is missing or is no image; an array or tensor is of another kind.
+            TypeError: ``images`` is a single image, not a list.
+        """
+        from codetr.inference import detect_all
+
+        return detect_all(self, images, batch_size=batch_size, branch=branch, precision=precision)
 
     def forward(
         self, batch: ImageBatch, targets: list[Targets] | None = None

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from codetr.strict import Strict
 
@@ -166,6 +173,14 @@ class RcnnConfig(Strict):
     finest_scale: PositiveFloat = 112
     """RoIs whose side is below twice this many pixels read the finest level."""
     roi_size: PositiveInt = 7
+    convs: NonNegativeInt = 0
+    """3x3 convolutions with group norm before the fully connected layers; the record model: 4."""
+    fcs: Annotated[int, Field(ge=1, le=2)] = 2
+    """Fully connected layers; the record model: 1."""
+    class_agnostic: bool = False
+    """One box for each region instead of one for each class; the record model: True."""
+    stds: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (0.1, 0.1, 0.2, 0.2)
+    """The units of the predicted deltas; the record model: 0.05, 0.05, 0.1, 0.1."""
     cls_weight: NonNegativeFloat = 1.0
     giou_weight: NonNegativeFloat = 10.0
     test_score: Fraction = 0.0

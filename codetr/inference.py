@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision import tv_tensors
@@ -17,13 +20,20 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812 - torchvisio
 from torchvision.utils import draw_bounding_boxes
 
 from codetr.config import DataConfig
-from codetr.data import Classes, CocoDataset
-from codetr.data.images import read_image
+from codetr.data import Classes, CocoDataset, DataError
+from codetr.data.images import read_image, rgb_pixels
 from codetr.data.loader import collate
 from codetr.data.transforms import build_transform
 from codetr.detector import CoDETR
 from codetr.queries.selection import QUERY
 from codetr.structures import Detections, ImageBatch, Size, Targets
+
+T = TypeVar("T")
+ImageLike = Image.Image | Path | str | NDArray[np.uint8] | Tensor
+Precision = Literal["fp32", "bf16"]
+
+AHEAD = 4
+"""Batches of images that are read before the first goes through the model."""
 
 READABLE_SIDE = 480
 """Smaller images are enlarged to so many pixels before names are written on them."""
@@ -71,28 +81,124 @@ def predict(
     *,
     batch_size: int = 1,
     branch: str = QUERY,
+    precision: Precision = "fp32",
 ) -> Iterator[Prediction]:
-    """Detect in image files of any kind, one batch after the other.
+    """Detect in image files of any kind, in their order.
 
     Args:
         model: in evaluation mode.
         paths: the files.
         data: that the model was trained with; says how images are resized and normalised.
-        batch_size: images that go through the model together.
+        batch_size: images that go through the model together, if it sees them at the same size.
         branch: see :meth:`CoDETR.detect`.
+        precision: see :meth:`CoDETR.predict`.
 
     Raises:
         DataError: a file is missing or is no image; names it.
     """
-    transform = build_transform(data, training=False)
-    for start in range(0, len(paths), batch_size):
-        some = paths[start : start + batch_size]
-        images = [torch.from_numpy(read_image(p).copy()).permute(2, 0, 1) for p in some]
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        inputs = [transform(tv_tensors.Image(image)).as_subclass(Tensor) for image in images]
-        batch, _ = collate([(pixels, _NOTHING) for pixels in inputs])
-        found = detect(model, batch, sizes, branch)
+    for some in _windows(paths, batch_size):
+        images = [pixels_of(path) for path in some]
+        found = _detect_each(
+            model, images, data, batch_size=batch_size, branch=branch, precision=precision
+        )
         yield from map(Prediction, some, images, found)
+
+
+def detect_all(
+    model: CoDETR,
+    images: Iterable[ImageLike],
+    *,
+    batch_size: int = 8,
+    branch: str = QUERY,
+    precision: Precision = "fp32",
+) -> list[Detections]:
+    """See :meth:`CoDETR.predict`."""
+    if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
+        raise TypeError("predict takes a list of images: write model.predict([image])")
+    was_training = model.training
+    model.eval()
+    try:
+        found: list[Detections] = []
+        for some in _windows(images, batch_size):
+            pixels = [pixels_of(image) for image in some]
+            found += _detect_each(
+                model, pixels, model.data, batch_size=batch_size, branch=branch, precision=precision
+            )
+        return found
+    finally:
+        model.train(was_training)
+
+
+def pixels_of(image: ImageLike) -> Tensor:
+    """(3, H, W) uint8, red, green, blue, of any kind of image.
+
+    Raises:
+        DataError: a file is missing or is no image; an array or tensor has another shape or type.
+    """
+    if isinstance(image, str | Path):
+        return torch.from_numpy(read_image(Path(image)).copy()).permute(2, 0, 1)
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
+    if isinstance(image, np.ndarray):
+        return _of_array(image)
+    if not isinstance(image, Tensor):
+        raise DataError(f"an image is a {type(image).__name__}: give a PIL image, path or array")
+    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
+        kind = f"{tuple(image.shape)} of {image.dtype}"
+        raise DataError(f"a tensor is {kind}: it must be (3, H, W) of uint8, red, green, blue")
+    return _not_empty(image)
+
+
+def _of_array(image: NDArray[np.uint8]) -> Tensor:
+    grey = image.ndim == 2
+    if image.dtype != np.uint8 or not (grey or (image.ndim == 3 and image.shape[2] == 3)):
+        kind = f"{image.shape} of {image.dtype}"
+        raise DataError(
+            f"an array is {kind}: it must be (H, W, 3) or (H, W) of uint8, red, green, blue"
+        )
+    array = np.repeat(image[..., None], 3, axis=-1) if grey else image
+    return _not_empty(torch.from_numpy(np.array(array)).permute(2, 0, 1))
+
+
+def _not_empty(pixels: Tensor) -> Tensor:
+    if 0 in pixels.shape:
+        raise DataError(f"an image is {pixels.shape[1]}×{pixels.shape[2]} pixels: it is empty")
+    return pixels
+
+
+def _windows(images: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """So many at a time that batches fill up where sizes differ, and memory does not."""
+    ahead = iter(images)
+    while some := list(islice(ahead, AHEAD * batch_size)):
+        yield some
+
+
+def _detect_each(
+    model: CoDETR,
+    images: Sequence[Tensor],
+    data: DataConfig,
+    *,
+    batch_size: int,
+    branch: str,
+    precision: Precision,
+) -> list[Detections]:
+    """Detections of each (3, H, W) uint8 image; those that the model sees at the same size share
+    batches, so that there is no padding."""
+    transform = build_transform(data, training=False)
+    inputs = [transform(tv_tensors.Image(image)).as_subclass(Tensor) for image in images]
+    of_size: dict[Size, list[int]] = {}
+    for index, pixels in enumerate(inputs):
+        of_size.setdefault((pixels.shape[1], pixels.shape[2]), []).append(index)
+    device = next(model.parameters()).device
+    found: dict[int, Detections] = {}
+    for together in of_size.values():
+        for start in range(0, len(together), batch_size):
+            chosen = together[start : start + batch_size]
+            batch, _ = collate([(inputs[index], _NOTHING) for index in chosen])
+            sizes = [(images[index].shape[1], images[index].shape[2]) for index in chosen]
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                found |= zip(chosen, detect(model, batch, sizes, branch), strict=True)
+    return [found[index] for index in range(len(images))]
 
 
 _NOTHING = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))

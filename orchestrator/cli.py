@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from orchestrator import control_cli, sweep_cli
+from orchestrator import control_cli, sweep_cli, zoo_cli
 from orchestrator.options import (
     DetachOption,
     GpusPerWorkerOption,
@@ -353,7 +353,7 @@ def data_check(
 # --------------------------------------------------------------------------------- using a detector
 
 CheckpointArgument = Annotated[
-    str, typer.Argument(help="Checkpoint file, or the folder that holds it; or its URL.")
+    str, typer.Argument(help="File of 'codetr convert', or a training's checkpoint; or its URL.")
 ]
 BranchOption = Annotated[
     str, typer.Option(help="query, or the name of an auxiliary head to look at it alone.")
@@ -387,7 +387,10 @@ def evaluate(
 @app.command()
 def predict(
     checkpoint: CheckpointArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, or folders of them, as a video's frames.")
+    ],
+    *,
     output: Annotated[Path, typer.Option(help="Folder for pictures and JSON.")] = Path(
         "predictions"
     ),
@@ -395,9 +398,29 @@ def predict(
         float, typer.Option(min=0, max=1, help="Pictures show no detection below it.")
     ] = 0.3,
     branch: BranchOption = "query",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images at a time, where they have one size.")
+    ] = 1,
 ) -> None:
     """Detect objects: a picture with boxes for each image, and all detections as COCO JSON."""
-    from orchestrator.use import predict_images
+    from rich.console import Console
 
-    for path in predict_images(checkpoint, images, output, min_score=min_score, branch=branch):
+    from orchestrator.use import predict_images
+    from orchestrator.zoo_console import image_progress
+
+    with image_progress(Console(stderr=True)) as progress:
+        written = predict_images(
+            checkpoint,
+            images,
+            output,
+            min_score=min_score,
+            branch=branch,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    for path in written:
         print(path)
+
+
+app.command()(zoo_cli.models)
+app.command()(zoo_cli.convert)

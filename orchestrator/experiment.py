@@ -11,12 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from codetr.config import ConfigError, Strict, nearest, parse, read_yaml
+from codetr.layers import Settings, merge
 from orchestrator.share import share
 
-Settings = dict[str, Any]
 ProfileName = Literal["laptop", "paper"]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
@@ -36,12 +43,19 @@ class Layer(Strict):
     """Some settings of detector, training and data; what is absent comes from the layer below."""
 
     detector: Settings = Field(default_factory=dict)
+    """``name`` is a detector of the zoo, and lies beneath all layers; ``detector: NAME`` is short
+    for ``detector: {name: NAME}``."""
     heads: dict[str, Settings] = Field(default_factory=dict)
     """Settings of auxiliary heads by their kind, for arms that only name them."""
     training: Settings = Field(default_factory=dict)
     data: Settings = Field(default_factory=dict)
     schedule: Schedule | None = None
     """Settings that change in the middle of training; replaces the layer's below as a whole."""
+
+    @field_validator("detector", mode="before")
+    @classmethod
+    def _detector_by_name(cls, detector: Any) -> Any:
+        return {"name": detector} if isinstance(detector, str) else detector
 
     @property
     def settings(self) -> dict[str, Settings]:
@@ -150,18 +164,6 @@ class Experiment(Layer):
         return self
 
 
-def merge(below: Settings, above: Settings) -> Settings:
-    """``above`` laid over ``below``, key by key in nested mappings; lists are replaced."""
-    merged = dict(below)
-    for key, value in above.items():
-        beneath = merged.get(key)
-        if isinstance(beneath, dict) and isinstance(value, dict):
-            merged[key] = merge(beneath, value)
-        else:
-            merged[key] = value
-    return merged
-
-
 # ------------------------------------------------------------------------------------ finding them
 
 
@@ -196,6 +198,7 @@ def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: an experiment is a mapping with 'question', 'arms', 'profiles'")
+    _spell_out_names(content)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -205,6 +208,16 @@ def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     # The sizes are inherited; what is asked and compared is not.
     own = ("name", "question", "paper", "arms")
     return merge({key: value for key, value in inherited.items() if key not in own}, content)
+
+
+def _spell_out_names(content: Settings) -> None:
+    """``detector: NAME`` as a mapping, so that an heir adds to it and does not replace it."""
+    layers = [content]
+    for group in (content.get("profiles"), content.get("arms")):
+        layers += group.values() if isinstance(group, dict) else []
+    for layer in layers:
+        if isinstance(layer, dict) and isinstance(layer.get("detector"), str):
+            layer["detector"] = {"name": layer["detector"]}
 
 
 # --------------------------------------------------------------------------------------- the paper

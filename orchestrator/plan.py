@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt
 
 from codetr.config import (
-    HEAD_TYPES,
     ConfigError,
     DataConfig,
     DetectorConfig,
@@ -25,6 +25,8 @@ from codetr.config import (
     nearest,
     parse,
 )
+from codetr.layers import Settings, merge, with_heads
+from codetr.zoo.catalogue import entry
 from orchestrator import machine
 from orchestrator.experiment import (
     Experiment,
@@ -33,7 +35,6 @@ from orchestrator.experiment import (
     ProfileName,
     Resources,
     Schedule,
-    merge,
     paper_ap,
 )
 from orchestrator.facts import DataFacts, data_facts
@@ -278,29 +279,41 @@ def _configure(
     *sources: tuple[str, tuple[Layer, ...]],
 ) -> tuple[DetectorConfig, TrainingConfig, DataConfig]:
     """Lay all layers over one another; an error names the source that brought it."""
-    merged = Layer().settings
+    given: list[Layer] = []
     for source, layers in sources:
-        for layer in layers:
-            merged = merge(merged, layer.settings)
-        detector = parse(DetectorConfig, _with_heads(merged, source), f"{source}: detector")
+        given += layers
+        merged = _lay(given, source)
+        whole = with_heads(merged["detector"], merged["heads"], source)
+        detector = parse(DetectorConfig, whole, f"{source}: detector")
         training = parse(TrainingConfig, merged["training"], f"{source}: training")
         data = parse(DataConfig, merged["data"], f"{source}: data")
     training.require_fitting(detector)
     return detector, training, data
 
 
-def _with_heads(merged: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
-    """The detector's settings, its heads with those that are given for their kind."""
-    by_kind = merged["heads"]
-    for kind in by_kind:
-        if kind not in HEAD_TYPES:
-            raise ConfigError(f"{source}: heads: no head '{kind}'; {nearest(kind, [*HEAD_TYPES])}")
-    heads = merged["detector"].get("heads", [])
-    if not isinstance(heads, list):
-        return merged["detector"]  # refused by the detector's own check, with a better text
-    named = [{"type": head} if isinstance(head, str) else head for head in heads]
-    full = [merge(by_kind.get(str(head.get("type")), {}), head) for head in named]
-    return {**merged["detector"], "heads": full}
+def _lay(layers: Sequence[Layer], source: str) -> dict[str, Settings]:
+    """The layers over one another, and beneath them the detector of the zoo that they name.
+
+    What they say is then about that detector; where they choose another backbone, or heads, the
+    settings of its own stay behind.
+    """
+    merged = Layer().settings
+    for layer in layers:
+        merged = merge(merged, layer.settings)
+    name = merged["detector"].pop("name", None)
+    if name is None:
+        return merged
+    try:
+        named = entry(str(name)).layer
+    except ConfigError as error:
+        raise ConfigError(f"{source}: detector: {error}") from None
+    beneath = {key: named[key] for key in ("detector", "heads")}
+    backbone = merged["detector"].get("backbone")
+    chosen = backbone.get("name") if isinstance(backbone, dict) else backbone
+    own = beneath["detector"].get("backbone", {})
+    if chosen not in (None, own.get("name", "resnet50")):
+        beneath["detector"] = {k: v for k, v in beneath["detector"].items() if k != "backbone"}
+    return merge(beneath, merged)
 
 
 def _with_classes(detector: DetectorConfig, facts: DataFacts) -> DetectorConfig:

@@ -19,6 +19,9 @@ from codetr.config import (
 )
 from orchestrator.experiment import Layer
 
+DETECTOR = "detector"
+"""The one setting that stands for many: ``--set detector=NAME``, a detector of the zoo."""
+
 _ROOTS: dict[str, type[BaseModel]] = {
     "detector": DetectorConfig,
     **{f"heads.{kind}": head for kind, head in HEAD_CONFIGS.items()},
@@ -30,7 +33,8 @@ _ROOTS: dict[str, type[BaseModel]] = {
 @cache
 def setting_keys() -> tuple[str, ...]:
     """Every key that ``--set`` knows: ``detector.lambda_1``, ``training.epochs``, ..."""
-    return tuple(key for root, model in _ROOTS.items() for key in _keys(model, root))
+    keys = (key for root, model in _ROOTS.items() for key in _keys(model, root))
+    return (DETECTOR, *keys)
 
 
 def _keys(model: type[BaseModel], prefix: str) -> list[str]:
@@ -56,7 +60,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def full_key(key: str) -> str:
-    """``lambda_1`` -> ``detector.lambda_1``.
+    """``lambda_1`` -> ``detector.lambda_1``; ``detector`` is the name of one in the zoo.
 
     Raises:
         ConfigError: no setting ends so, or several do.
@@ -94,6 +98,8 @@ def parse_settings(assignments: list[str]) -> Layer:
         except yaml.YAMLError:
             raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
         *folders, leaf = full_key(key.strip()).split(".")
+        if full_key(key.strip()) == DETECTOR:
+            folders, leaf = [DETECTOR], "name"
         place = layer
         for folder in folders:
             place = place.setdefault(folder, {})

@@ -220,9 +220,10 @@ def local_checkpoint(place: str) -> Iterator[Path]:
     if "://" not in place:
         yield Path(place).expanduser()
         return
-    url = place if place.endswith(FILE_NAME) else f"{place.rstrip('/')}/{FILE_NAME}"
+    named = place.endswith((FILE_NAME, ".safetensors"))
+    url = place if named else f"{place.rstrip('/')}/{FILE_NAME}"
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / FILE_NAME
+        copy = Path(folder) / _name(url)
         try:
             filesystem, path = fsspec.core.url_to_fs(url)
             filesystem.get_file(path, str(copy))

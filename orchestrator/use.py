@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from codetr.config import ConfigError, DataConfig, nearest
+from orchestrator.files import write_whole
 
 if TYPE_CHECKING:
     import torch
 
-    from codetr.checkpoint import Checkpoint
     from codetr.data import Classes
     from codetr.detector import CoDETR
     from codetr.inference import Prediction
     from codetr.metrics import Metrics
+    from codetr.weights import Weights
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What is an image in a folder; a file that is named itself may have any."""
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is done, how many images it is done with, and of how many."""
 
 
 def evaluate_checkpoint(
@@ -32,7 +42,8 @@ def evaluate_checkpoint(
     """Metrics of a checkpoint on the validation images of ``data``.
 
     Args:
-        checkpoint: its file, or its folder; on this machine, or as any URL of fsspec.
+        checkpoint: of a training or of ``codetr convert``; its file, or its folder; on this
+            machine, or as any URL of fsspec.
         data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
         branch: ``query``, or an auxiliary head's name.
         batch_size: images that go through the model together.
@@ -65,15 +76,19 @@ def predict_images(
     *,
     min_score: float = 0.3,
     branch: str = "query",
+    batch_size: int = 1,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a picture with boxes for each image, and ``predictions.json`` with all detections.
 
     Args:
-        checkpoint: its file, or its folder; on this machine, or as any URL of fsspec.
-        images: the files.
+        checkpoint: as of :func:`evaluate_checkpoint`.
+        images: files, and folders of images, as of the frames of a video.
         output: the folder; made if need be.
         min_score: pictures show no detection below it; the JSON has all.
         branch: ``query``, or an auxiliary head's name.
+        batch_size: images that go through the model together, if it sees them at the same size.
+        progress: called after each image.
 
     Returns:
         What was written.
@@ -84,34 +99,73 @@ def predict_images(
     from codetr.data.images import read_image
     from codetr.inference import draw, predict
 
+    tell = progress or _quiet
+    files = image_files(images)
     trained, model = _load(checkpoint, branch)
-    for image in images:
+    for done, image in enumerate(files, start=1):
         read_image(image)  # the last one may be broken: better known before the first is written
+        tell("reading", done, len(files))
     output.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
+    taken: set[Path] = set()
     found: list[Prediction] = []
-    for prediction in predict(model.to(_device()), images, trained.data, branch=branch):
+    for prediction in predict(
+        model.to(_device()), files, trained.data, branch=branch, batch_size=batch_size
+    ):
         picture = draw(
             prediction.image, prediction.detections, trained.classes, min_score=min_score
         )
-        written.append(_free_name(output, prediction.path.stem, written))
+        written.append(_free_name(output, prediction.path.stem, taken))
+        taken.add(written[-1])
         picture.save(written[-1])
-        found.append(prediction)
+        # Its size is all that is needed further on, of what may be thousands of frames.
+        size = prediction.image.shape[1:]
+        found.append(replace(prediction, image=prediction.image.new_empty((0, *size))))
+        tell("detecting", len(found), len(files))
     results = output / "predictions.json"
-    results.write_text(json.dumps(_as_coco(found, trained.classes)))
+    write_whole(results, json.dumps(_as_coco(found, trained.classes)))
     return [*written, results]
 
 
-def _load(place: str, branch: str) -> tuple[Checkpoint, CoDETR]:
-    from codetr.checkpoint import build_model, load_checkpoint
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    pass
+
+
+def image_files(places: Sequence[Path]) -> list[Path]:
+    """The files, and in the place of each folder the images in it, frame 9 before frame 10.
+
+    Raises:
+        ConfigError: a folder has no images.
+    """
+    files: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            files.append(place)
+            continue
+        inside = [path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not inside:
+            kinds = " ".join(IMAGE_SUFFIXES)
+            raise ConfigError(f"{place}: no image in this folder (looked for {kinds})")
+        files += sorted(inside, key=_natural)
+    return files
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Orders names as people do: numbers in them by their value."""
+    words = re.findall(r"\d+|\D+", path.name)
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in words]
+
+
+def _load(place: str, branch: str) -> tuple[Weights, CoDETR]:
+    from codetr.weights import load_weights
     from orchestrator.storage import local_checkpoint
 
     with local_checkpoint(place) as path:
-        checkpoint = load_checkpoint(path)
-    branches = ["query", *checkpoint.detector.head_names]
+        weights = load_weights(path)
+    branches = ["query", *weights.detector.head_names]
     if branch not in branches:
         raise ConfigError(f"--branch {branch}: {place} has none such; {nearest(branch, branches)}")
-    return checkpoint, build_model(checkpoint)
+    return weights, weights.build()
 
 
 def _device() -> torch.device:
@@ -131,13 +185,10 @@ def _data_config(trained_on: DataConfig, data: str) -> DataConfig:
     return trained_on.model_copy(update=place)
 
 
-def _free_name(folder: Path, stem: str, taken: Sequence[Path]) -> Path:
+def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
     """``a.png``, or ``a-2.png`` where two images of different folders have the same name."""
-    names = [
-        folder / f"{stem}.png",
-        *(folder / f"{stem}-{n}.png" for n in range(2, len(taken) + 2)),
-    ]
-    return next(name for name in names if name not in taken)
+    names = chain([stem], (f"{stem}-{n}" for n in count(2)))
+    return next(path for name in names if (path := folder / f"{name}.png") not in taken)
 
 
 def _as_coco(predictions: Sequence[Prediction], classes: Classes) -> dict[str, Any]:

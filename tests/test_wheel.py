@@ -55,3 +55,9 @@ def test_plans_without_a_checkout(installed: Path) -> None:
     plan = codetr(installed, "run", "ablation-k", "--dry-run", "--profile", "laptop")
     assert "K=2" in plan
     assert str(installed) in plan  # the output folder is where the user is
+
+
+def test_carries_the_zoo(installed: Path) -> None:
+    for file in (ROOT / "codetr/zoo").rglob("*.yaml"):
+        assert (installed / file.relative_to(ROOT)).is_file()
+    assert "queries:" in codetr(installed, "models", "co-dino-5scale-r50")

@@ -44,6 +44,18 @@ def read_image(path: Path, size: Size | None = None) -> NDArray[np.uint8]:
     return pixels
 
 
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an image in memory, of any mode; turned as its EXIF data ask.
+
+    Raises:
+        DataError: its pixels are floating-point numbers.
+    """
+    try:
+        return np.array(_rgb(_upright(image, None)))
+    except ValueError as error:
+        raise DataError(f"an image of mode {image.mode}: {error}") from None
+
+
 def _upright(image: Image.Image, size: Size | None) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     as_stored = size is not None and upright.size != size[::-1] and image.size == size[::-1]

@@ -25,7 +25,13 @@ class FasterRcnnHead(Head):
         super().__init__()
         self.config = config
         self.rpn = Rpn(config.rpn, context.channels, context.strides)
-        self.rcnn = Rcnn(config.rcnn, context.channels, context.num_classes, context.strides[:-1])
+        self.rcnn = Rcnn(
+            config.rcnn,
+            context.channels,
+            context.num_classes,
+            context.strides[:-1],
+            context.groups,
+        )
 
     def forward(
         self, pyramid: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[Targets]

@@ -14,15 +14,13 @@ from torchvision.ops import clip_boxes_to_image
 from codetr.boxes import decode_deltas, pairwise_iou
 from codetr.config import RcnnConfig
 from codetr.distributed import normaliser
-from codetr.heads.dense import nms_by_class
+from codetr.heads.dense import conv_tower, nms_by_class
 from codetr.heads.regions import region_features
 from codetr.losses import cross_entropy, giou_loss
 from codetr.matching.max_iou import match_max_iou
 from codetr.matching.objects import pad_objects
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Detections, HeadOutput, Positives, Size, Targets
-
-STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 @dataclass
@@ -54,23 +52,35 @@ class RoiOutput(HeadOutput):
 
 
 class Rcnn(nn.Module):
-    """Two fully connected layers on each region's RoIAlign feature."""
+    """Convolutions, if any, and fully connected layers on each region's RoIAlign feature."""
 
     def __init__(
-        self, config: RcnnConfig, channels: int, num_classes: int, strides: Sequence[int]
+        self,
+        config: RcnnConfig,
+        channels: int,
+        num_classes: int,
+        strides: Sequence[int],
+        groups: int = 32,
     ) -> None:
         super().__init__()
         self.config, self.num_classes, self.strides = config, num_classes, tuple(strides)
+        boxes = 1 if config.class_agnostic else num_classes
+        self.convs = conv_tower(channels, config.convs, groups, bias=False)
         self.fc1 = nn.Linear(channels * config.roi_size**2, config.fc_dim)
-        self.fc2 = nn.Linear(config.fc_dim, config.fc_dim)
+        second = config.fcs == 2
+        self.fc2 = nn.Linear(config.fc_dim, config.fc_dim) if second else nn.Identity()
         self.cls = nn.Linear(config.fc_dim, num_classes + 1)
-        self.reg = nn.Linear(config.fc_dim, num_classes * 4)
+        self.reg = nn.Linear(config.fc_dim, boxes * 4)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
         for layer in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.cls.weight, std=0.01)
         nn.init.normal_(self.reg.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.cls, self.reg):
-            nn.init.zeros_(layer.bias)
 
     def forward(
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
@@ -123,9 +133,13 @@ class Rcnn(nn.Module):
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (R, classes + 1), background last, and deltas (R, classes, 4)."""
-        hidden = self.fc2(self.fc1(features.flatten(1)).relu_()).relu_()
-        deltas = self.reg(hidden).float().unflatten(1, (self.num_classes, 4))
-        return self.cls(hidden).float(), deltas
+        hidden = self.convs(features).flatten(1)
+        hidden = self.fc1(hidden).relu_()
+        if self.config.fcs == 2:
+            hidden = self.fc2(hidden).relu_()
+        deltas = self.reg(hidden).float().unflatten(1, (-1, 4))
+        # Where one box serves all classes, it is shown once for each.
+        return self.cls(hidden).float(), deltas.expand(-1, self.num_classes, -1)
 
     def _losses(
         self, logits: Tensor, deltas: Tensor, samples: Sequence[RoiSamples]
@@ -139,7 +153,9 @@ class Rcnn(nn.Module):
             ]
         )
         positive = (labels < self.num_classes).nonzero().squeeze(1)
-        refined = decode_deltas(boxes[positive], deltas[positive, labels[positive]], STDS)
+        refined = decode_deltas(
+            boxes[positive], deltas[positive, labels[positive]], self.config.stds
+        )
         count = normaliser(len(boxes), logits.device)
         return {
             "rcnn_cls": cross_entropy(logits, labels) / count,
@@ -153,7 +169,7 @@ class Rcnn(nn.Module):
         """Detections from proposals (n, 4) of each image (method.md 59)."""
         logits, deltas = self.predict(self.roi_features(pyramid, proposals))
         scores = logits.softmax(-1)[:, :-1]
-        boxes = decode_deltas(torch.cat(list(proposals))[:, None], deltas, STDS)
+        boxes = decode_deltas(torch.cat(list(proposals))[:, None], deltas, self.config.stds)
         counts = [len(p) for p in proposals]
         detections = []
         for s, b, size in zip(scores.split(counts), boxes.split(counts), sizes, strict=True):

@@ -130,14 +130,21 @@ def _heads(config: DetectorConfig) -> Iterable[tuple[str, str]]:
     for index, head in enumerate(config.heads):
         ours = f"heads.{index}"
         if isinstance(head, FasterRcnnConfig):
-            yield from _faster_rcnn(ours)
+            yield from _faster_rcnn(ours, head.rcnn.convs)
         elif isinstance(head, AtssConfig):
             yield from _atss(f"bbox_head.{dense}", ours, head, len(config.head_strides))
             dense += 1
 
 
-def _faster_rcnn(ours: str) -> Prefixes:
+def _faster_rcnn(ours: str, convs: int) -> Prefixes:
+    root = "roi_head.0.bbox_head.shared_convs"
+    tower = [
+        (f"{root}.{conv}.{theirs}.", f"{ours}.rcnn.convs.{conv}.{our}.")
+        for conv in range(convs)
+        for theirs, our in (("conv", "conv"), ("gn", "norm"))
+    ]
     return [
+        *tower,
         ("rpn_head.rpn_conv.", f"{ours}.rpn.conv."),
         ("rpn_head.rpn_cls.", f"{ours}.rpn.cls."),
         ("rpn_head.rpn_reg.", f"{ours}.rpn.reg."),

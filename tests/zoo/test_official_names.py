@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import codetr.zoo
-from codetr.config import DetectorConfig, parse, read_yaml
+from codetr.config import DetectorConfig, parse
 from codetr.detector import CoDETR
+from codetr.zoo.catalogue import detector_config
 from codetr.zoo.official import from_official_names, to_official_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CO_DINO_R50 = Path(codetr.zoo.__file__).parent / "co-dino-5scale-r50.yaml"
+CO_DINO = detector_config("co-dino-5scale-r50")
 
-CO_DEFORMABLE: dict[str, Any] = {
-    "heads": ["faster_rcnn", "atss"],
-    "positive_queries": {"official_defects": True},
-}
+CO_DEFORMABLE = parse(
+    DetectorConfig,
+    {"heads": ["faster_rcnn", "atss"], "positive_queries": {"official_defects": True}},
+    "test",
+)
 
 
 def official_shapes(keys: Path) -> dict[str, tuple[int, ...]]:
@@ -31,26 +31,25 @@ def official_shapes(keys: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def full_size(settings: dict[str, Any]) -> CoDETR:
-    config = parse(DetectorConfig, settings, "test")
+def full_size(config: DetectorConfig) -> CoDETR:
     backbone = config.backbone.model_copy(update={"pretrained": False})
     with torch.device("meta"):
         return CoDETR(config.model_copy(update={"backbone": backbone}))
 
 
 @pytest.mark.parametrize(
-    ("settings", "keys", "millions"),
+    ("config", "keys", "millions"),
     [
         (CO_DEFORMABLE, "keys_full_co_deformable_r50.txt", 65.13),
-        (read_yaml(CO_DINO_R50), "keys_full_co_dino_r50.txt", 65.20),
+        (CO_DINO, "keys_full_co_dino_r50.txt", 65.20),
     ],
     ids=["co-deformable-r50", "co-dino-r50"],
 )
 def test_full_size_detector_has_the_official_tensors(
-    settings: dict[str, Any], keys: str, millions: float
+    config: DetectorConfig, keys: str, millions: float
 ) -> None:
     """Every name and shape, none left over, in both directions; frozen parameters too."""
-    model = full_size(settings)
+    model = full_size(config)
     ours, official = model.state_dict(), official_shapes(GOLDEN / keys)
     assert {n: tuple(v.shape) for n, v in to_official_names(ours, model.config).items()} == official
 
@@ -67,14 +66,14 @@ def test_full_size_detector_has_the_official_tensors(
 
 def test_round_trip_keeps_every_value() -> None:
     """Distinct values for distinct tensors come back to their own names."""
-    config = full_size(read_yaml(CO_DINO_R50)).config
+    config = full_size(CO_DINO).config
     names = official_shapes(GOLDEN / "keys_full_co_dino_r50.txt")
     state = {name: torch.tensor(number) for number, name in enumerate(names)}
     assert to_official_names(from_official_names(state, config), config) == state
 
 
 def test_denoising_is_no_part_of_inference() -> None:
-    model = full_size(read_yaml(CO_DINO_R50))
+    model = full_size(CO_DINO)
     inference = {id(p) for p in model.inference_parameters()}
     training_only = {n for n, p in model.named_parameters() if id(p) not in inference}
     parts = {name.split(".")[0] for name in training_only}

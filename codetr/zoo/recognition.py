@@ -1,0 +1,203 @@
+"""Which detector an official state dict is, read off its names and shapes.
+
+Shapes say all but a few things: how many attention heads there are (8 in every official
+configuration), the units of the second stage's deltas, and what has no parameters, as Soft-NMS.
+These come from the parts that the detectors of the zoo are composed of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from codetr.checkpoint import CheckpointError
+from codetr.config import ConfigError, DetectorConfig, SwinConfig, parse
+from codetr.layers import Settings, merge, with_heads
+from codetr.zoo.catalogue import CLASSES, Entry, entries, part
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ATTENTION_HEADS = 8
+_RESNETS: dict[tuple[int, ...], dict[bool, str]] = {
+    (2, 2, 2, 2): {False: "resnet18"},
+    (3, 4, 6, 3): {False: "resnet34", True: "resnet50"},
+    (3, 4, 23, 3): {True: "resnet101"},
+}
+"""By the blocks of their stages, and whether these are bottlenecks."""
+_QUERY_HEAD = "query_head.transformer"
+
+
+def recognise(shapes: Shapes) -> DetectorConfig:
+    """The configuration of an official detector with tensors of these names and shapes.
+
+    Raises:
+        CheckpointError: it is none that is known here; says what is missing or not known.
+    """
+    try:
+        settings = _settings(shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"no official Co-DETR detector: there is no '{error.args[0]}' among its names"
+        ) from None
+    try:
+        return parse(DetectorConfig, settings, "recognised as")
+    except ConfigError as error:
+        raise CheckpointError(f"no detector that codetr can build: {error}") from None
+
+
+def fitting(config: DetectorConfig) -> list[Entry]:
+    """The detectors of the zoo with parameters of the same shapes, but for the number of classes;
+    those of as many classes first, of these the plainest."""
+    found = [e for e in entries() if not e.unavailable and _shape(e.config) == _shape(config)]
+    same_count = [CLASSES[entry.data] == config.num_classes for entry in found]
+    order = sorted(range(len(found)), key=lambda i: (not same_count[i], i))
+    return [found[i] for i in order]
+
+
+def _shape(config: DetectorConfig) -> Any:
+    """What of the configuration decides names and shapes."""
+    training = {"pretrained", "weights", "frozen_stages", "frozen_norm", "drop_path"}
+    return (
+        config.backbone.model_dump(exclude={*training, "checkpoint_blocks"}),
+        config.transformer.model_dump(exclude={"checkpoint_encoder"}),
+        config.queries,
+        config.denoising.enabled,
+        config.heads,
+        config.positive_queries,
+    )
+
+
+def _settings(shapes: Shapes) -> Settings:
+    dino = f"{_QUERY_HEAD}.query_embed.weight" in shapes
+    content = f"{_QUERY_HEAD}.query_embed" if dino else "query_head.query_embedding"
+    levels, channels = shapes[f"{_QUERY_HEAD}.level_embeds"]
+    _ = shapes[f"{_QUERY_HEAD}.enc_output.weight"]  # every official detector has two stages
+    backbone = _backbone(shapes)
+    heads = _heads(shapes, channels)
+    parts = ["dino"] if dino else []
+    parts += ["vit-l"] if backbone["name"].startswith("eva02") else []
+    parts += ["soft-nms"] if dino and heads else []
+    merged = part(parts[0]).settings if parts else {"detector": {}, "heads": {}}
+    for name in parts[1:]:
+        merged = merge(merged, part(name).settings)
+    measured: Settings = {
+        "num_classes": shapes["query_head.cls_branches.0.weight"][0],
+        "backbone": backbone,
+        "transformer": _transformer(shapes, levels, channels),
+        "queries": {"count": shapes[f"{content}.weight"][0]},
+        "heads": heads,
+    }
+    if heads:
+        measured["positive_queries"] = {
+            "enabled": f"{_QUERY_HEAD}.aux_pos_trans.0.weight" in shapes,
+            "features": f"{_QUERY_HEAD}.pos_feats_trans.0.weight" in shapes,
+            "official_defects": f"{_QUERY_HEAD}.head_pos_embed.weight" in shapes,
+        }
+    return with_heads(merge(merged["detector"], measured), merged["heads"], "recognised as")
+
+
+def _transformer(shapes: Shapes, levels: int, channels: int) -> Settings:
+    first = f"{_QUERY_HEAD}.encoder.layers.0"
+    weights = shapes[f"{first}.attentions.0.attention_weights.bias"][0]
+    return {
+        "embed_dim": channels,
+        "ffn_dim": shapes[f"{first}.ffns.0.layers.0.0.weight"][0],
+        "attention_heads": ATTENTION_HEADS,
+        "sampling_points": weights // (ATTENTION_HEADS * levels),
+        "encoder_layers": _count(shapes, rf"{_QUERY_HEAD}\.encoder\.layers\.(\d+)\."),
+        "decoder_layers": _count(shapes, rf"{_QUERY_HEAD}\.decoder\.layers\.(\d+)\."),
+        "levels": levels,
+    }
+
+
+# ---------------------------------------------------------------------------------------- backbones
+
+
+def _backbone(shapes: Shapes) -> Settings:
+    if "backbone.pos_embed" in shapes:
+        return _vit(shapes)
+    stages = _count(shapes, r"neck\.convs\.(\d+)\.")
+    outputs = list(range(5 - stages, 5))
+    if "backbone.patch_embed.proj.weight" in shapes:
+        return {**_swin(shapes), "stages": outputs}
+    width = shapes["backbone.conv1.weight"][0]
+    blocks = tuple(_count(shapes, rf"backbone\.layer{n}\.(\d+)\.") for n in range(1, 5))
+    bottleneck = "backbone.layer1.0.conv3.weight" in shapes
+    name = _RESNETS.get(blocks, {}).get(bottleneck)
+    if name is None:
+        raise CheckpointError(f"no known ResNet has {blocks} blocks in its stages")
+    return {"name": name, "width": width, "stages": outputs}
+
+
+def _swin(shapes: Shapes) -> Settings:
+    width = shapes["backbone.patch_embed.proj.weight"][0]
+    depths = [_count(shapes, rf"backbone\.layers\.{stage}\.blocks\.(\d+)\.") for stage in range(4)]
+    table = shapes["backbone.layers.0.blocks.0.attn.relative_position_bias_table"][0]
+    window = (int(table**0.5) + 1) // 2
+    for name in ("swin_tiny", "swin_small", "swin_base", "swin_large"):
+        sizes = SwinConfig.model_validate({"name": name})
+        if (sizes.width, list(sizes.depths)) == (width, depths):
+            return {"name": name, "window": window}
+    return {"name": "swin_tiny", "width": width, "depths": depths, "window": window}
+
+
+def _vit(shapes: Shapes) -> Settings:
+    _, positions, width = shapes["backbone.pos_embed"]
+    depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
+    cells = shapes["backbone.rope_win.freqs_cos"][0]
+    # The first block that does not attend within windows.
+    whole = next((n for n in range(depth) if _rotations(shapes, n) != cells), depth - 1)
+    return {
+        "name": "eva02_large",
+        "width": width,
+        "depth": depth,
+        "window": round(cells**0.5),
+        "global_every": whole + 1,
+        "position_grid": round((positions - 1) ** 0.5),
+    }
+
+
+def _rotations(shapes: Shapes, block: int) -> int | None:
+    """Cells that a block's stored rotations are for, if it has any."""
+    shape = shapes.get(f"backbone.blocks.{block}.attn.rope.freqs_cos")
+    return shape[0] if shape else None
+
+
+# -------------------------------------------------------------------------------------------- heads
+
+
+def _heads(shapes: Shapes, channels: int) -> list[Settings]:
+    """The original numbers the RoI heads first."""
+    heads = []
+    if "rpn_head.rpn_conv.weight" in shapes:
+        heads.append(_faster_rcnn(shapes, channels))
+    for number in range(_count(shapes, r"bbox_head\.(\d+)\.")):
+        _ = shapes[f"bbox_head.{number}.atss_cls.weight"]  # the only dense head known
+        convs = _count(shapes, rf"bbox_head\.{number}\.cls_convs\.(\d+)\.")
+        heads.append({"type": "atss", "convs": convs})
+    return heads
+
+
+def _faster_rcnn(shapes: Shapes, channels: int) -> Settings:
+    root = "roi_head.0.bbox_head"
+    fc_dim, inputs = shapes[f"{root}.shared_fcs.0.weight"]
+    agnostic = shapes[f"{root}.fc_reg.weight"][0] == 4
+    plain = {} if agnostic else {"stds": [0.1, 0.1, 0.2, 0.2]}
+    return {
+        "type": "faster_rcnn",
+        "rcnn": {
+            "convs": _count(shapes, rf"{re.escape(root)}\.shared_convs\.(\d+)\."),
+            "fcs": _count(shapes, rf"{re.escape(root)}\.shared_fcs\.(\d+)\."),
+            "fc_dim": fc_dim,
+            "roi_size": round((inputs / channels) ** 0.5),
+            "class_agnostic": agnostic,
+            **plain,
+        },
+    }
+
+
+def _count(names: Collection[str] | Shapes, pattern: str) -> int:
+    """How many numbers from 0 on stand in names of this pattern."""
+    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    return max(found, default=-1) + 1

@@ -1,0 +1,197 @@
+"""Official state dicts in and out: complete, and to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from official_files import GOLDEN, MODELS, full_size, small
+
+import codetr.zoo
+from codetr.checkpoint import CheckpointError
+from codetr.config import DetectorConfig
+from codetr.zoo.backbone_names import derived_buffers
+from codetr.zoo.conversion import DERIVED, Imported, export_official, import_official
+from codetr.zoo.measure import on_meta
+from codetr.zoo.recognition import recognise
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def full(request: pytest.FixtureRequest) -> tuple[str, dict[str, torch.Tensor], Imported]:
+    state = full_size(request.param)
+    return request.param, state, import_official(state)
+
+
+def test_every_key_of_the_full_size_detectors_has_its_place(full) -> None:
+    """Recognised, consumed completely, and exported again under every name, shape and type."""
+    model, official, imported = full
+    assert imported.names[0] == MODELS[model]
+    ours = on_meta(imported.config).state_dict()
+    assert {n: v.shape for n, v in imported.state.items()} == {n: v.shape for n, v in ours.items()}
+    assert set(imported.dropped.values()) <= {DERIVED}
+    exported = export_official(imported.state, imported.config)
+    kinds = {name: (value.shape, value.dtype) for name, value in exported.items()}
+    assert kinds == {name: (value.shape, value.dtype) for name, value in official.items()}
+
+
+def test_every_value_returns_to_its_own_name(full) -> None:
+    """A number of its own in the place of each tensor."""
+    _, official, imported = full
+    derived = derived_buffers(imported.config)
+    numbered = {name: torch.full((2, 1), number) for number, name in enumerate(official)}
+    kept = {name: value for name, value in numbered.items() if name not in imported.dropped}
+    ours = codetr.zoo.from_official_names(kept, imported.config)
+    assert len({int(value.flatten()[0]) for value in ours.values()}) >= len(ours) - 2
+    exported = export_official(ours, imported.config)
+    assert exported.keys() == official.keys()
+    for name, value in exported.items():
+        if name in imported.dropped:
+            assert torch.equal(value, derived[name])
+        else:
+            assert int(value.flatten()[0]) == int(numbered[name].flatten()[0]), name
+
+
+def test_the_configuration_is_that_of_the_zoo(full) -> None:
+    """Shapes alone say what the file of the zoo says."""
+    model, official, imported = full
+    read = recognise({name: tuple(value.shape) for name, value in official.items()})
+    assert read == imported.config == codetr.zoo.detector_config(MODELS[model])
+
+
+@pytest.mark.parametrize("detector", ["co_dino", "co_deformable"])
+def test_the_recorded_detectors_round_trip_to_the_bit(detector: str) -> None:
+    official = small(detector)
+    imported = import_official(official)
+    assert not imported.dropped
+    model = codetr.zoo.from_official(official)
+    assert not model.training
+    exported = export_official(model.state_dict(), model.config)
+    assert exported.keys() == official.keys()
+    for name, value in exported.items():
+        assert value.dtype == official[name].dtype
+        assert torch.equal(value, official[name]), name
+
+
+@pytest.mark.parametrize("detector", ["co_dino", "co_deformable"])
+def test_sizes_are_read_off_shapes(detector: str) -> None:
+    """Against what the recorded detectors were made with."""
+    golden = json.loads((GOLDEN / detector / "config.json").read_text())
+    config = import_official(small(detector)).config
+    transformer = config.transformer.model_dump()
+    for name in ("embed_dim", "ffn_dim", "attention_heads", "sampling_points", "encoder_layers",
+                 "decoder_layers", "levels", "position_encoding", "group_norm_groups"):  # fmt: skip
+        assert transformer[name] == golden[name], name
+    assert config.num_classes == golden["classes"]
+    assert config.queries.count == golden["queries"]
+    assert config.backbone.model_dump()["width"] == golden["backbone"]["base_width"]
+    assert list(config.backbone.stages) == golden["backbone"]["outputs"]  # type: ignore[union-attr]
+    assert [head.type for head in config.heads] == golden["heads"]
+    rcnn = config.heads[0].rcnn  # type: ignore[union-attr]
+    assert (rcnn.fc_dim, rcnn.finest_scale) == tuple(
+        golden["rcnn"][name] for name in ("fc_dim", "finest_scale")
+    )
+    assert config.positive_queries.features == golden["positive_queries"]["coordinate_features"]
+
+
+def test_a_parallel_prefix_and_missing_counters_do_not_matter() -> None:
+    official = small()
+    state = {f"module.{n}": v for n, v in official.items() if "num_batches" not in n}
+    assert len(state) < len(official)
+    imported, plain = import_official(state), import_official(official)
+    assert imported.state.keys() == plain.state.keys()
+    imported.build()
+
+
+# ------------------------------------------------------------------------- what has no place, or is
+# not there
+
+
+def test_masks_and_averages_are_dropped_and_reported() -> None:
+    extra = {
+        "roi_head.0.mask_head.convs.0.conv.weight": "mask branch",  # Mask R-CNN
+        "mask_head.stages.0.instance_logits.weight": "mask branch",  # Co-DINO-Inst
+        "mask_iou_head.fcs.0.weight": "mask branch",
+        "ema_backbone_conv1_weight": "averaging",
+    }
+    official = small()
+    imported = import_official(official | {name: torch.ones(3) for name in extra})
+    assert imported.dropped.keys() == extra.keys()
+    for name, why in extra.items():
+        assert why in imported.dropped[name]
+    assert imported.state.keys() == import_official(official).state.keys()
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_no_name_goes_missing_unseen(data: st.DataObject) -> None:
+    official = {n: v for n, v in small().items() if "num_batches_tracked" not in n}
+    gone = data.draw(st.sampled_from(sorted(official)))
+    del official[gone]
+    with pytest.raises(CheckpointError) as caught:
+        import_official(official)
+    assert "\n" not in str(caught.value)
+    # Where a part is known by that name, what is left of the part is unknown.
+    assert gone in str(caught.value) or "unknown" in str(caught.value)
+
+
+def test_unknown_and_misshapen_names_are_listed() -> None:
+    official = small()
+    official["rpn_head.rpn_conv.scale"] = torch.ones(1)
+    official["neck.convs.0.gn.bias"] = torch.ones(7)
+    with pytest.raises(CheckpointError) as caught:
+        import_official(official)
+    assert "1 unknown: rpn_head.rpn_conv.scale" in str(caught.value)
+    assert "neck.convs.0.gn.bias is (7,) instead of (32,)" in str(caught.value)
+
+
+def test_derived_buffers_must_be_what_they_are_derived_to() -> None:
+    config = codetr.zoo.detector_config("co-deformable-detr-swin-t")
+    state = {n: torch.zeros(v.shape) for n, v in on_meta(config).state_dict().items()}
+    official = export_official(state, config)
+    name = next(name for name in official if name.endswith("relative_position_index"))
+    assert import_official(official).dropped[name] == DERIVED
+    official[name] = official[name] + 1
+    with pytest.raises(CheckpointError, match="other values than"):
+        import_official(official)
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        ({"backbone.conv1.weight": torch.ones(1)}, "no official Co-DETR detector: there is no"),
+        ({}, "no official Co-DETR detector"),
+    ],
+)
+def test_somebody_elses_state_dict(state: dict[str, torch.Tensor], what: str) -> None:
+    with pytest.raises(CheckpointError, match=what):
+        import_official(state)
+
+
+def test_another_name_than_its_own() -> None:
+    official = full_size("co_dino_swin_l")
+    fine_tuned = import_official(official, "co-dino-5scale-swin-l-o365")
+    assert fine_tuned.data.max_side == 2048
+    assert fine_tuned.names == ("co-dino-5scale-swin-l-o365",)
+    with pytest.raises(CheckpointError, match="missing"):
+        import_official(official, "co-dino-5scale-r50")
+
+
+def test_lvis_is_told_by_its_number_of_classes() -> None:
+    config = codetr.zoo.detector_config("co-dino-5scale-swin-l-lvis")
+    official = export_official(on_meta(config).state_dict(), config)
+    assert import_official(official).names[0] == "co-dino-5scale-swin-l-lvis"
+
+
+@pytest.mark.parametrize(
+    "name", [e.name for e in codetr.zoo.entries() if not e.unavailable and e.config.k == 2]
+)
+def test_every_official_detector_of_the_zoo_is_recognised(name: str) -> None:
+    """Also those of which no key list was recorded."""
+    config: DetectorConfig = codetr.zoo.detector_config(name)
+    if not config.queries.two_stage:
+        pytest.skip("the official implementation publishes no one-stage detector")
+    exported = export_official(on_meta(config).state_dict(), config)
+    assert name in import_official(exported).names
