@@ -1,6 +1,8 @@
-"""Encoder and decoder of deformable DETRs."""
+"""Encoders and decoder: deformable on several maps, or dense on a single one."""
 
 from codetr.transformer.decoder import Decoder
+from codetr.transformer.dense import DenseEncoder
 from codetr.transformer.encoder import Encoder
+from codetr.transformer.single_scale import Projection, SingleScaleAdapter
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Decoder", "DenseEncoder", "Encoder", "Projection", "SingleScaleAdapter"]

@@ -98,8 +98,16 @@ class DeformableAttention(nn.Module):
         return self.output_proj(attended)
 
 
-def feed_forward(channels: int, hidden: int) -> nn.Sequential:
-    """The transformer's two-layer perceptron."""
+def feed_forward(channels: int, hidden: int, activation: str = "relu") -> nn.Sequential:
+    """The transformer's two-layer perceptron; ``activation`` is ``relu`` or ``prelu``."""
     # In place: the widest activation of a layer, and no gradient needs its values before the ReLU.
-    activation = nn.ReLU(inplace=True)
-    return nn.Sequential(nn.Linear(channels, hidden), activation, nn.Linear(hidden, channels))
+    between = nn.ReLU(inplace=True) if activation == "relu" else nn.PReLU()
+    return nn.Sequential(nn.Linear(channels, hidden), between, nn.Linear(hidden, channels))
+
+
+def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two linear layers, Xavier-uniform, with a ReLU between them."""
+    first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight)
+    return nn.Sequential(first, nn.ReLU(), last)
