@@ -38,6 +38,15 @@ CASES |= {
     f"K = 2, DINO, objects on {where}": (tiny_detector(*K2, dino=True), objects)
     for where, objects in OBJECTS.items()
 }
+CASES |= {
+    f"K = 2, {kind}, objects on {where}": (tiny_detector(*K2, kind=kind), OBJECTS[where])
+    for kind in ("hybrid", "grouped conditional", "dab", "dn")
+    for where in ("rank 0 alone", "no rank")
+}
+CASES["K = 2, a pass for each group"] = (
+    tiny_detector(*K2, kind="dn", positive_queries={"decoder_passes": "per_head"}),
+    OBJECTS["rank 0 alone"],
+)
 
 
 def share(batch):

@@ -126,7 +126,8 @@ class Decoder(nn.Module):
             if self.queries.box_refinement:
                 if self.queries.norm_states:
                     delta = self.regress[branch](content).float()
-                reference = (delta + inverse_sigmoid(reference.detach(), eps)).sigmoid()
+                # Learned boxes and points of the first layer get the gradient of the second as well.
+                reference = (delta + inverse_sigmoid(reference, eps)).sigmoid()
                 visible_reference = (
                     reference if self.queries.look_forward_twice else reference.detach()
                 )
