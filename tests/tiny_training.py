@@ -109,16 +109,16 @@ def tiny_detector(
         "heads": heads,
         "positive_queries": {"max": 20, "features": kind != "dino"},
     }
-    return DetectorConfig.model_validate(_merged(_merged(sizes, KINDS[kind]), settings))
+    return DetectorConfig.model_validate(merged(merged(sizes, KINDS[kind]), settings))
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``below`` with the values of ``above``, section by section."""
-    merged = {
-        key: _merged(below[key], value) if isinstance(below.get(key), dict) else value
+    changed = {
+        key: merged(below[key], value) if isinstance(below.get(key), dict) else value
         for key, value in above.items()
     }
-    return below | merged
+    return below | changed
 
 
 def tiny_training(**settings: Any) -> TrainingConfig:

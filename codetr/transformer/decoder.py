@@ -126,7 +126,7 @@ class Decoder(nn.Module):
             if self.queries.box_refinement:
                 if self.queries.norm_states:
                     delta = self.regress[branch](content).float()
-                # Learned boxes and points of the first layer get the gradient of the second as well.
+                # Not detached: learned boxes get the gradient of the second layer as well.
                 reference = (delta + inverse_sigmoid(reference, eps)).sigmoid()
                 visible_reference = (
                     reference if self.queries.look_forward_twice else reference.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers_single_scale import (
@@ -14,7 +16,8 @@ from transformers_single_scale import (
     randomise,
 )
 
-from codetr.config import DetectorConfig
+import codetr.zoo
+from codetr.config import DetectorConfig, parse, read_yaml
 from codetr.detector import CoDETR
 from codetr.queries.selection import QUERY
 from codetr.structures import ImageBatch
@@ -69,11 +72,16 @@ def test_logits_boxes_and_gradients_are_transformers(config: DetectorConfig) -> 
         assert (ours[name] - gradient).abs().max() < 1e-3 * scale, name
 
 
-@BOTH
-def test_the_same_parameters_are_there(config: DetectorConfig) -> None:
-    """None more in ours, apart from the backbone's norms, which are buffers in theirs."""
-    peer, model = build_peer(config), CoDETR(config)
-    theirs = sum(p.numel() for n, p in peer.named_parameters() if "backbone" not in n)
-    assert theirs == sum(
-        p.numel() for n, p in model.named_parameters() if not n.startswith("backbone")
-    )
+@pytest.mark.parametrize("name", ["conditional-detr-c5-r50", "dab-detr-c5-r50"])
+def test_the_zoos_detectors_have_transformers_parameters(name: str) -> None:
+    """At full size, name by name and shape by shape, apart from the backbone's norms."""
+    file = Path(codetr.zoo.__file__).parent / f"{name}.yaml"
+    settings = read_yaml(file)
+    settings["backbone"]["pretrained"] = False
+    config = parse(DetectorConfig, settings, str(file))
+    with torch.device("meta"):
+        peer, model = build_peer(config), CoDETR(config)
+    theirs = our_names(dict(peer.named_parameters(remove_duplicate=False)), config)
+    assert {n: p.shape for n, p in theirs.items() if not n.startswith("backbone")} == {
+        n: p.shape for n, p in model.named_parameters() if not n.startswith("backbone")
+    }
