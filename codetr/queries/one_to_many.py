@@ -42,7 +42,7 @@ class OneToManyQueries(QueryEmbeddings):
             assert selection.box_logits is not None
             tokens = self._tokens(selection)
             each = tokens.shape[1] // self.config.groups
-            learned = self._contents(each) if queries.config.mixed_selection else None
+            learned = None if self.content is None else self._first(each, self.content.weight)
             group = queries.group(ONE_TO_MANY, tokens, selection.box_logits, learned, memory)
         return replace(group, parts=self.config.groups, repeat=self.config.repeat)
 
@@ -60,6 +60,6 @@ class OneToManyQueries(QueryEmbeddings):
         by_turns = ranked[:, count:].unflatten(1, (each, groups))
         return by_turns.transpose(1, 2).flatten(1)
 
-    def _contents(self, each: int) -> Tensor:
+    def _first(self, each: int, contents: Tensor) -> Tensor:
         """(groups * each, C): the first contents of every group."""
-        return self.content.weight.unflatten(0, (self.config.groups, -1))[:, :each].flatten(0, 1)
+        return contents.unflatten(0, (self.config.groups, -1))[:, :each].flatten(0, 1)

@@ -47,13 +47,11 @@ class QueryEmbeddings(nn.Module):
         super().__init__()
         queries, channels = config.queries, config.transformer.embed_dim
         self.count, self.channels = count, channels
-        if not queries.two_stage:
-            if queries.dynamic_anchors:
-                self.anchors = nn.Embedding(count, 4)  # logits of normalised cxcywh
-            else:
-                self.position = nn.Embedding(count, channels)
-        if queries.mixed_selection if queries.two_stage else queries.learned_content:
-            self.content = nn.Embedding(count, channels)
+        one_stage, boxes = not queries.two_stage, queries.dynamic_anchors
+        has_content = queries.learned_content if one_stage else queries.mixed_selection
+        self.position = nn.Embedding(count, channels) if one_stage and not boxes else None
+        self.anchors = nn.Embedding(count, 4) if one_stage and boxes else None  # logits of cxcywh
+        self.content = nn.Embedding(count, channels) if has_content else None
 
 
 class LearnedQueries(QueryEmbeddings):
@@ -78,15 +76,16 @@ class LearnedQueries(QueryEmbeddings):
         """The queries of ``learned`` for each image of the memory."""
         batch = len(memory.tokens)
         position = None
-        if hasattr(learned, "anchors"):
+        if learned.anchors is not None:
             reference = learned.anchors.weight.float().sigmoid()
         else:
+            assert learned.position is not None
             points = self.reference_points(learned.position.weight).float().sigmoid()
             # A width and height of one half have logit zero: the first layer's boxes are then what
             # the box branch says alone.
             reference = torch.cat((points, torch.full_like(points, 0.5)), dim=-1)
             position = learned.position.weight.expand(batch, -1, -1)
-        if hasattr(learned, "content"):
+        if learned.content is not None:
             content = learned.content.weight.expand(batch, -1, -1)
         else:
             content = memory.tokens.new_zeros(batch, learned.count, learned.channels)
