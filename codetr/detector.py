@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from codetr.backbones import Backbone, ChannelMapper, MultiScaleAdapter
+from codetr.backbones import build_adapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
@@ -34,7 +34,7 @@ from codetr.structures import (
     Size,
     Targets,
 )
-from codetr.transformer import Decoder, DenseEncoder, Encoder, Projection, SingleScaleAdapter
+from codetr.transformer import Decoder, DenseEncoder, Encoder
 
 
 class CoDETR(nn.Module):
@@ -49,11 +49,9 @@ class CoDETR(nn.Module):
         super().__init__()
         self.config = config
         transformer, channels = config.transformer, config.transformer.embed_dim
-        self.backbone = Backbone(config.backbone)
+        self.backbone = build_backbone(config.backbone)
+        self.neck = build_neck(self.backbone.channels, config)
         conditional = transformer.attention == "conditional"
-        self.neck = (Projection if conditional else ChannelMapper)(
-            self.backbone.channels, transformer
-        )
         self.encoder = (DenseEncoder if conditional else Encoder)(transformer)
         self.decoder = Decoder(transformer, config.queries, config.num_classes)
         self.queries = (TwoStageQueries if config.queries.two_stage else LearnedQueries)(config)
@@ -71,11 +69,7 @@ class CoDETR(nn.Module):
                 self.one_to_many = OneToManyQueries(config)
         if config.heads:
             with forked_rng("adapter"):
-                self.adapter = (
-                    SingleScaleAdapter(config.strides[0], config.head_strides, transformer)
-                    if conditional
-                    else MultiScaleAdapter(transformer)
-                )
+                self.adapter = build_adapter(config)
         self.heads = nn.ModuleList(
             build_head(
                 head,
@@ -162,6 +156,7 @@ class CoDETR(nn.Module):
 
     def encode(self, batch: ImageBatch) -> Memory:
         """Backbone, neck and encoder."""
+        batch = batch.padded(self.backbone.divisor)
         return self.encoder(self.neck(self.backbone(batch.pixels)), batch)
 
     def memory_pyramid(self, memory: Memory) -> list[Tensor]:

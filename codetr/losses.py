@@ -86,3 +86,21 @@ def l1_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None)
 def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - GIoU of each of (N, 4) xyxy boxes with its own target (method.md 33)."""
     return _weighted_sum(1 - generalised_iou(boxes.float(), targets.float()), weights)
+
+
+def distribution_focal_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy with the two whole numbers around each target, by nearness (GFL, equation 6).
+
+    Args:
+        logits: (N, bins + 1) of the distribution over 0, 1, ..., bins.
+        targets: (N,) in [0, bins).
+        weights: (N,) weight of each row; None for 1.
+    """
+    low = targets.long()
+    above = targets - low
+    likelihood = logits.float().log_softmax(-1)
+    pairs = torch.stack((low, low + 1), -1)
+    nearness = torch.stack((1 - above, above), -1)
+    return _weighted_sum(-(likelihood.gather(1, pairs) * nearness).sum(1), weights)

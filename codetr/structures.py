@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from codetr.transfer import tensor_on
 
@@ -55,6 +56,14 @@ class ImageBatch(_Moves):
         columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return rows | columns
 
+    def padded(self, divisor: int) -> ImageBatch:
+        """The same images, padded to multiples of so many pixels."""
+        height, width = self.pixels.shape[-2:]
+        if height % divisor == 0 and width % divisor == 0:
+            return self
+        pixels = functional.pad(self.pixels, (0, -width % divisor, 0, -height % divisor))
+        return ImageBatch(pixels, self.sizes)
+
 
 @dataclass
 class Targets(_Moves):
@@ -68,6 +77,7 @@ class Targets(_Moves):
         seed: seeds the random draws that training makes for this image (which anchors are sampled,
             which positives become queries), so that they do not depend on the other images of the
             batch or on how many workers share it. None: draw from torch's global generator.
+        masks: (n, h, w) bool on the image's own valid pixels; None where no head needs them.
     """
 
     boxes: Tensor
@@ -75,6 +85,7 @@ class Targets(_Moves):
     image_id: int = 0
     original_size: Size = (0, 0)
     seed: int | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,11 +151,13 @@ class Positives:
 
     Attributes:
         boxes: (N, 4) every candidate, xyxy in pixels.
-        features: (N, C) the memory as the head read it at each candidate; gradients flow.
+        features: (N / per_feature, C) the memory as the head read it at the candidates, of which
+            so many in a row share one; gradients flow.
         positive: (P,) indices of the positive candidates.
         negative: (M,) indices of the negative ones.
         labels: (P,) class of the object that each positive is assigned to.
         targets: (P, 4) that object's box, xyxy in pixels.
+        per_feature: the number of anchors on each cell.
     """
 
     boxes: Tensor
@@ -153,6 +166,7 @@ class Positives:
     negative: Tensor
     labels: Tensor
     targets: Tensor
+    per_feature: int = 1
 
 
 @dataclass

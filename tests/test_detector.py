@@ -9,17 +9,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import FASTER_RCNN, KINDS, tiny_detector
+from tiny_training import FASTER_RCNN, KINDS, MASK_RCNN, tiny_detector
 from torch import Tensor
 
 from codetr.config import DenoisingConfig, DetectorConfig, OneToManyConfig
 from codetr.detector import CoDETR, best_pairs
 from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
 
-HEAD_LISTS = [[], ["atss"], [FASTER_RCNN], ["atss", FASTER_RCNN], ["atss", "atss"]]
-EVERY = [(kind, heads) for kind in KINDS for heads in ([], ["atss"], ["atss", FASTER_RCNN])]
-EVERY += [("one-stage", heads) for heads in HEAD_LISTS if ("one-stage", heads) not in EVERY]
+HEAD_LISTS = [
+    [],
+    ["atss"],
+    [FASTER_RCNN],
+    ["retinanet"],
+    ["fcos"],
+    ["paa"],
+    ["gfl"],
+    [MASK_RCNN],
+    ["atss", FASTER_RCNN],
+    ["atss", "atss"],
+    ["atss"] * 6,
+    ["atss", FASTER_RCNN, "paa", "retinanet", "fcos", "gfl"],  # table 7
+]
+EVERY = [(kind, heads) for kind in ("one-stage", "two-stage", "dino") for heads in HEAD_LISTS]
+EVERY += [
+    (kind, heads)
+    for kind in KINDS
+    for heads in ([], ["atss"], ["atss", FASTER_RCNN])
+    if (kind, heads) not in EVERY
+]
 """Kinds of detector and lists of heads: each kind with K = 0, 1 and 2."""
+
+
+def ids(value: str | list) -> str:
+    heads = [value] if isinstance(value, str) else value
+    return "+".join(head if isinstance(head, str) else head["type"] for head in heads) or "none"
 
 
 def images(sizes: list[tuple[int, int]]) -> ImageBatch:
@@ -36,7 +59,8 @@ def objects(count: int, size: tuple[int, int], image_id: int = 0) -> Targets:
     boxes = torch.cat((corner, corner + 0.1 + 0.3 * torch.rand(count, 2, generator=draw)), 1)
     boxes = boxes * torch.tensor([size[1], size[0]] * 2)
     labels = torch.randint(3, (count,), generator=draw)
-    return Targets(boxes, labels, image_id, size, seed=image_id)
+    masks = torch.rand(count, *size, generator=draw) < 0.5
+    return Targets(boxes, labels, image_id, size, seed=image_id, masks=masks)
 
 
 def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
@@ -47,7 +71,7 @@ def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Target
 variants = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=str)
+@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=ids)
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0), (0, 0)], ids=["full", "one empty", "empty"])
 def test_every_trainable_parameter_gets_a_gradient(
     kind: str, heads: list, counts: tuple[int, int]
@@ -62,7 +86,7 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=str)
+@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=ids)
 def test_loss_terms_are_those_of_the_plan(kind: str, heads: list) -> None:
     """Names agree with the configuration's weights, and the total is their weighted sum."""
     config = tiny_detector(*heads, kind=kind)
@@ -120,11 +144,21 @@ def test_soft_nms_lowers_the_scores_of_overlapping_detections() -> None:
 
 
 def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
+    """Nor does its start, nor do its positive queries: of all kinds, side by side and alone."""
     batch, targets = images([(64, 96)]), [objects(4, (64, 96))]
-    alone = train_losses(tiny_detector("atss"), batch, targets).losses
-    beside = train_losses(tiny_detector(FASTER_RCNN, "atss"), batch, targets).losses
-    for name, value in alone.items():
-        torch.testing.assert_close(beside[name], value, msg=name)
+    every = ["gfl", FASTER_RCNN, "paa", "atss", MASK_RCNN, "fcos", "retinanet"]
+    beside = train_losses(tiny_detector(*every), batch, targets).losses
+    for head in every:
+        alone = train_losses(tiny_detector(head), batch, targets).losses
+        assert len(alone) > 2 * 3
+        for name, value in alone.items():
+            torch.testing.assert_close(beside[name], value, msg=name)
+
+
+def test_repeated_heads_start_from_weights_of_their_own() -> None:
+    model = CoDETR(tiny_detector("fcos", "fcos"))
+    first, second = (head.state_dict() for head in model.heads)
+    assert not torch.equal(first["cls.weight"], second["cls.weight"])
 
 
 @variants
@@ -172,18 +206,21 @@ def test_what_lies_in_the_padding_is_never_read(kind: str) -> None:
     torch.testing.assert_close(boxes[0], boxes[1])
 
 
+EVERY_HEAD = [FASTER_RCNN, MASK_RCNN, "atss", "retinanet", "fcos", "paa", "gfl"]
+
+
 @variants
-@pytest.mark.parametrize("branch", ["query", "atss", "faster_rcnn"])
-def test_every_branch_detects_within_the_image(branch: str, kind: str) -> None:
+def test_every_branch_detects_within_the_image(kind: str) -> None:
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector("atss", FASTER_RCNN, kind=kind)).eval()
+    model = CoDETR(tiny_detector(*EVERY_HEAD, kind=kind)).eval()
     batch = images([(64, 96), (48, 64)])
-    for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
-        assert isinstance(found, Detections)
-        assert len(found) > 0
-        assert (found.boxes >= 0).all()
-        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
-        assert (found.scores.diff() <= 0).all()
+    for branch in ("query", *model.config.head_names):
+        for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
+            assert isinstance(found, Detections), branch
+            assert len(found) > 0, branch
+            assert (found.boxes >= 0).all(), branch
+            assert (found.boxes <= torch.tensor([width, height, width, height])).all(), branch
+            assert (found.scores.diff() <= 0).all(), branch
 
 
 def test_unknown_branch_names_the_nearest() -> None:
@@ -200,7 +237,7 @@ def test_training_needs_targets() -> None:
 @pytest.mark.parametrize("padding", ["negatives", "mask", "zeros"])
 def test_images_with_fewer_positives_are_filled(padding: str) -> None:
     """All ways of filling give the batch one number of queries, and gradients to all."""
-    config = tiny_detector("atss", FASTER_RCNN)
+    config = tiny_detector(*EVERY_HEAD)
     positive = config.positive_queries.model_copy(update={"padding": padding})
     config = config.model_copy(update={"positive_queries": positive})
     batch = images([(64, 96), (48, 64)])
@@ -344,3 +381,21 @@ def test_best_pairs_are_the_highest_scores(queries: int, classes: int, count: in
     assert len(found) == min(count, queries * classes)
     best = logits[-1, 0].flatten().argmax()
     assert found.labels[0] == best % classes
+
+
+def test_positive_queries_of_several_anchors_per_cell_read_their_own_cell() -> None:
+    """RetinaNet has nine candidates for each feature: the content of a query depends on the memory
+    at its anchor's cell, and on no other."""
+    model = CoDETR(tiny_detector("retinanet"))
+    pyramid = [torch.randn(1, 32, 64 // s, 96 // s, requires_grad=True) for s in (8, 16, 32)]
+    pyramid.append(torch.randn(1, 32, 1, 2, requires_grad=True))
+    targets, sizes = [objects(2, (64, 96))], [(64, 96)]
+    (positives,) = model.heads[0](pyramid, sizes, targets).positives
+    group = model.positive_queries[0]("retinanet", [positives], sizes, targets)
+    gradients = torch.autograd.grad(group.content[0, 0, 0], pyramid)
+    touched = torch.cat([g.abs().sum(1).flatten() for g in gradients]).nonzero().flatten().tolist()
+    assert len(touched) == 1
+    centre = group.reference[0, 0, :2] * torch.tensor([96.0, 64.0])
+    cells = [(x * s, y * s) for s in (8, 16, 32) for y in range(64 // s) for x in range(96 // s)]
+    cells += [(64 * x, 0) for x in range(2)]
+    torch.testing.assert_close(centre, torch.tensor(cells[touched[0]]).float())

@@ -94,3 +94,56 @@ def test_losses_are_float32_and_connected(loss, rows: int) -> None:
     value.backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_distribution_focal_loss_is_the_papers_formula() -> None:
+    """-((y_{i+1} - y) log S_i + (y - y_i) log S_{i+1}), equation 6 of GFL."""
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0.0, 1.25, 3.5, 4.9])
+    s = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    rows = []
+    for row, y in zip(s, targets.tolist(), strict=True):
+        i = math.floor(y)
+        rows.append(-((i + 1 - y) * math.log(row[i]) + (y - i) * math.log(row[i + 1])))
+    loss = losses.distribution_focal_loss(logits, targets)
+    assert loss.item() == pytest.approx(sum(rows), rel=1e-5)
+    weights = torch.tensor([2.0, 0.0, 0.5, 1.0])
+    weighted = losses.distribution_focal_loss(logits, targets, weights)
+    assert weighted.item() == pytest.approx(2 * rows[0] + 0.5 * rows[2] + rows[3], rel=1e-5)
+
+
+def test_distribution_focal_loss_is_least_at_the_target() -> None:
+    """Its minimum is the distribution whose mean is the target (GFL, section 3.2)."""
+    logits = torch.zeros(1, 5, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        losses.distribution_focal_loss(logits, torch.tensor([2.3])).backward()
+        optimizer.step()
+    mean = logits.softmax(1)[0] @ torch.arange(5.0)
+    assert mean.item() == pytest.approx(2.3, abs=0.02)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_gfl_losses_of_no_rows_are_connected(rows: int) -> None:
+    x = torch.randn(rows, 4, dtype=torch.bfloat16, requires_grad=True)
+    quality = losses.quality_focal_loss(x, torch.full((rows,), 4), torch.zeros(rows))
+    distribution = losses.distribution_focal_loss(x, torch.full((rows,), 1.5))
+    assert quality.dtype == distribution.dtype == torch.float32
+    (quality + distribution).backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_quality_focal_loss_without_quality_is_focal_on_the_background() -> None:
+    """With quality 0 every logit is told 0, weighted by its own probability (GFL, equation 2)."""
+    logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    p = logits.sigmoid()
+    expected = -(p**2 * (1 - p).log()).sum()
+    ours = losses.quality_focal_loss(logits, torch.tensor([0, 2, 1]), torch.zeros(3))
+    torch.testing.assert_close(ours, expected)
+    q = torch.tensor([0.3])
+    one = losses.quality_focal_loss(logits[:1, :1], torch.tensor([0]), q)
+    y, s = 0.3, p[0, 0].item()
+    formula = -(abs(y - s) ** 2) * ((1 - y) * math.log(1 - s) + y * math.log(s))
+    assert one.item() == pytest.approx(formula, rel=1e-5)

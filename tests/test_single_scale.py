@@ -9,11 +9,11 @@ from tiny_training import tiny_detector
 from torch import nn
 from torch.nn import functional
 
+from codetr.backbones import SingleScaleAdapter
 from codetr.config import TransformerConfig
 from codetr.detector import CoDETR
 from codetr.structures import Memory
 from codetr.transformer.conditional import ConditionalCrossAttention, ConditionalSelfAttention
-from codetr.transformer.single_scale import SingleScaleAdapter
 
 SIZES = TransformerConfig(embed_dim=16, attention_heads=2, group_norm_groups=4)
 STRIDES = (8, 16, 32, 64, 128)

@@ -11,6 +11,12 @@ from codetr.data import Classes
 from codetr.structures import ImageBatch, Targets
 from codetr.training import TrainingState
 
+MASK_RCNN = {
+    "type": "mask_rcnn",
+    "rpn": {"samples": 32, "train_nms_pre": 50, "test_nms_pre": 50, "keep": 40},
+    "rcnn": {"samples": 32, "fc_dim": 32, "finest_scale": 28},
+    "mask": {"convs": 1, "channels": 16, "roi_size": 7},
+}
 CLASSES = Classes(("cat", "dog", "fish"), (1, 2, 7))
 FASTER_RCNN = {
     "type": "faster_rcnn",
@@ -150,6 +156,7 @@ def tiny_targets(image_id: int, objects: int, side: int = 64) -> Targets:
         image_id=image_id,
         original_size=(side, side),
         seed=image_id,
+        masks=torch.rand(objects, side, side, generator=draw) < 0.5,
     )
 
 

@@ -95,7 +95,8 @@ class PositiveQueries(nn.Module):
             position, content = content.chunk(2, dim=-1)
             position = position + self.head_embedding
         if self.config.features:
-            features = _gather([p.features for p in positives], chosen.candidates)
+            rows = chosen.candidates // positives[0].per_feature
+            features = _gather([p.features for p in positives], rows)
             content = content + self.feature_norm(self.feature(features))
         return content, position
 

@@ -3,6 +3,5 @@
 from codetr.transformer.decoder import Decoder
 from codetr.transformer.dense import DenseEncoder
 from codetr.transformer.encoder import Encoder
-from codetr.transformer.single_scale import Projection, SingleScaleAdapter
 
-__all__ = ["Decoder", "DenseEncoder", "Encoder", "Projection", "SingleScaleAdapter"]
+__all__ = ["Decoder", "DenseEncoder", "Encoder"]

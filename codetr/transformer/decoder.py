@@ -223,5 +223,5 @@ def box_branch(channels: int, size_bias: float = 0.0) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     with torch.no_grad():
         last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-    hidden = (nn.Linear(channels, channels), nn.ReLU(inplace=True))
-    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(inplace=True), last)
+    hidden = (nn.Linear(channels, channels), nn.ReLU())
+    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(), last)

@@ -21,7 +21,8 @@ from codetr.boxes import encode_deltas
 from codetr.config import DetectorConfig, parse
 from codetr.detector import CoDETR
 from codetr.heads import rcnn
-from codetr.heads.atss import AtssHead, centerness_targets
+from codetr.heads.atss import AtssHead
+from codetr.heads.dense import centerness_targets
 from codetr.heads.faster_rcnn import FasterRcnnHead
 from codetr.matching.max_iou import IGNORED
 from codetr.matching.objects import pad_objects
@@ -366,13 +367,13 @@ def trace_rcnn(golden: Golden, head: FasterRcnnHead, seen: dict) -> Trace:
 def trace_atss(golden: Golden, head: AtssHead, seen: dict) -> Trace:
     (pyramid, sizes, targets), _ = seen[head]
     prediction = head.predict(pyramid)
-    assigned, anchors = head.assign(prediction.anchors, sizes, targets), prediction.anchors
+    assigned, anchors = head.assign(prediction, sizes, targets), prediction.anchors
     shapes = [level.shape[-2:] for level in pyramid]
     result = {}
     for name, values in (
         ("cls", prediction.logits),
         ("reg", prediction.deltas),
-        ("ctr", prediction.centerness[..., None]),
+        ("ctr", prediction.quality[..., None]),
     ):
         for level, of_level in enumerate(values.split(list(anchors.counts), dim=1)):
             maps = of_level.transpose(1, 2).unflatten(2, shapes[level])

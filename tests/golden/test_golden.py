@@ -20,12 +20,13 @@ from codetr.zoo.official import from_official_names, to_official_names
 # Near ties order these differently after a change in the last bit: they are compared as sets.
 AS_SETS = ("15_rpn_proposals", "30_test.rpn_proposals", "31_det.")
 
-# Group norm on the extra level's map of 1 x 2 cells, one channel in each group, divides the
-# difference of two numbers by itself: what is left is rounding, magnified (method.md 6).
+# Group norm on the extra level's map of 1 x 2 cells (level 4 of Co-Deformable-DETR, 5 of Co-DINO),
+# one channel in each group, divides the difference of two numbers by itself: what is left is
+# rounding, magnified (method.md 6).
 AMPLIFIED = {
-    "13_rpn.cls.4",
-    "13_rpn.reg.4",
-    *(f"18_atss.{part}.4" for part in ("cls", "reg", "ctr")),
+    f"{output}.{level}"
+    for output in ("13_rpn.cls", "13_rpn.reg", "18_atss.cls", "18_atss.reg", "18_atss.ctr")
+    for level in (4, 5)
 }
 
 # Co-DINO's coarsest map has 2 x 2 cells, and one kink there happens to lie at a rounding error's
