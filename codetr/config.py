@@ -88,18 +88,28 @@ class PositionEncodingConfig(Strict):
 
 
 class TransformerConfig(Strict):
-    """Sizes of neck, encoder and decoder."""
+    """Kind and sizes of neck, encoder and decoder."""
 
+    attention: Literal["deformable", "conditional"] = "deformable"
+    """``deformable``: to a few points on every level (Deformable DETR). ``conditional``: to every
+    cell of a single map, by content and place side by side in the decoder; the neck is a
+    convolution without a norm (Conditional DETR and DAB-DETR, each "C5")."""
     embed_dim: PositiveInt = 256
     ffn_dim: PositiveInt = 2048
     attention_heads: PositiveInt = 8
     sampling_points: PositiveInt = 4
+    """For each level and head of deformable attention."""
     encoder_layers: PositiveInt = 6
     decoder_layers: PositiveInt = 6
     levels: PositiveInt = 4
     """Feature levels; those beyond the backbone's stages are stride-2 convolutions of the last."""
     group_norm_groups: PositiveInt = 32
     position_encoding: PositionEncodingConfig = PositionEncodingConfig()
+    activation: Literal["relu", "prelu"] = "relu"
+    """In the perceptrons of all layers; DAB-DETR: ``prelu``."""
+    scale_positions: bool = False
+    """Positions are multiplied by a perceptron of the state (DAB-DETR): of a conditional encoder in
+    each layer, of dynamic anchors of a deformable decoder from the second layer on."""
     checkpoint_encoder: bool = False
     """Recompute encoder layers in the backward pass: less memory, more time."""
 
@@ -133,7 +143,15 @@ class QueryConfig(Strict):
     highest logit; the encoder's loss trains the chosen tokens with their own classes (DINO)."""
     dynamic_anchors: bool = False
     """Positions are computed anew at each layer, from the boxes as they are there (DAB-DETR, DINO);
-    False: each query keeps one position."""
+    False: each query keeps one position. One-stage queries then start from learned boxes."""
+    learned_content: bool = True
+    """One-stage only; False: contents start at zero (Conditional DETR, DAB-DETR)."""
+    shared_branches: bool = False
+    """One pair of branches reads classes and boxes in all layers (DAB-DETR), as it always does
+    without ``box_refinement``."""
+    size_modulation: bool = False
+    """Conditional attention weighs x by the box's width and y by its height (DAB-DETR, section
+    4.4)."""
     norm_states: bool = False
     """A layer's classes and boxes are read from its layer-normalised state, while the next layer
     starts from boxes refined by the plain one (DINO; method.md 22)."""
@@ -146,25 +164,55 @@ class QueryConfig(Strict):
             raise ValueError("two_stage needs box_refinement: set box_refinement=true")
         if self.rank_by == "best_class" and not self.two_stage:
             raise ValueError("rank_by=best_class ranks encoder tokens: set two_stage=true")
-        if self.dynamic_anchors and not self.two_stage:
-            raise ValueError("dynamic_anchors need boxes to start from: set two_stage=true")
-        if self.dynamic_anchors and not self.mixed_selection:
+        if self.dynamic_anchors and not self.box_refinement:
+            raise ValueError("dynamic_anchors are boxes under way: set box_refinement=true")
+        if self.dynamic_anchors and self.two_stage and not self.mixed_selection:
             raise ValueError("dynamic_anchors need learned content: set mixed_selection=true")
+        if self.two_stage and not self.learned_content:
+            raise ValueError(
+                "learned_content=false is for one-stage queries: set two_stage=false, or, for "
+                "content from the selected boxes, mixed_selection=false"
+            )
+        if self.size_modulation and not self.dynamic_anchors:
+            raise ValueError("size_modulation needs boxes with sizes: set dynamic_anchors=true")
         return self
 
 
 class DenoisingConfig(Strict):
-    """Contrastive denoising: noisy objects as further queries (DINO, section 3.3; method.md 24)."""
+    """Denoising: noisy objects as further queries (DINO, section 3.3; DN-DETR; method.md 24)."""
 
     enabled: bool = False
+    contrastive: bool = True
+    """Each object is copied in pairs of a near and a far one, whose target is background (DINO);
+    False: near copies alone, moved by centre and size, and empty slots have no loss (DN-DETR)."""
     queries: PositiveInt = 100
-    """Noisy copies of the objects, counted in pairs of a near and a far one: there are as many
-    groups as fit, and at least one, where each holds the image with most objects of the batch."""
+    """Noisy copies of the objects, pairs counted once: there are as many groups as fit, and at
+    least one, where each holds the image with most objects of the batch."""
+    groups: PositiveInt | None = None
+    """So many groups, however many objects there are (DN-DETR: 5), instead of ``queries``."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Half of it is the probability that a label is replaced by a random one."""
     box_noise: Annotated[float, Field(ge=0, le=1)] = 1.0
     """A corner moves by less than this share of half the box, and by that much more in the far
-    copy, whose target is background."""
+    copy; not contrastive: the centre moves by less than that, a side changes by less than this
+    share."""
+
+
+class OneToManyConfig(Strict):
+    """Further groups of queries of which several may find the same object. They exist in training
+    only. H-DETR: one group, repeated objects; Group-DETR with G groups: G - 1 groups here."""
+
+    groups: NonNegativeInt = 0
+    """How many; 0: none. They do not see one another, and each is matched on its own."""
+    queries: PositiveInt = 300
+    """In each group; H-DETR: 1500."""
+    repeat: PositiveInt = 1
+    """Each object is matched with so many queries of a group; H-DETR: 6."""
+    weight: NonNegativeFloat = 1.0
+    """Of each group's losses beside those of the one-to-one queries."""
+    tokens: Literal["same", "next"] = "same"
+    """Two-stage only. Boxes to start from: those of the one-to-one queries, or of the encoder
+    tokens that rank after them (H-DETR)."""
 
 
 class BoxLossConfig(Strict):
@@ -200,6 +248,9 @@ class PositiveQueryConfig(Strict):
     that all others see. The last two have no loss of their own (method.md 49, 50)."""
     features: bool = True
     """Add the feature term of equation 4 to the content."""
+    decoder_passes: Literal["one", "per_head"] = "one"
+    """All groups of queries go through the decoder together, isolated by a mask; or each group that
+    no other sees on its own: the same losses, smaller attention maps, more launches."""
     official_defects: bool = False
     """Reproduce the original's defects: one scalar for each head as head embedding, and padding
     queries with all-zero boxes where ATSS rejected an anchor (method.md 49, 53)."""
@@ -217,6 +268,10 @@ class SoftNmsConfig(Strict):
     """Detections whose score falls below it are dropped."""
 
 
+HEAD_PYRAMID = (8, 16, 32, 64, 128)
+"""Strides in pixels of the heads' pyramid where it is made of a single map (section 3.2)."""
+
+
 class DetectorConfig(Strict):
     """A Co-DETR detector; an empty list of heads is its DETR baseline (K = 0)."""
 
@@ -226,6 +281,7 @@ class DetectorConfig(Strict):
     transformer: TransformerConfig = TransformerConfig()
     queries: QueryConfig = QueryConfig()
     denoising: DenoisingConfig = DenoisingConfig()
+    one_to_many: OneToManyConfig = OneToManyConfig()
     heads: tuple[HeadConfig, ...] = ()
     """Auxiliary heads in order; ``heads: [atss, faster_rcnn]`` takes their defaults."""
     positive_queries: PositiveQueryConfig = PositiveQueryConfig()
@@ -233,6 +289,9 @@ class DetectorConfig(Strict):
     """Weight of the losses of the positive queries (equation 6)."""
     lambda_2: NonNegativeFloat = 2.0
     """Weight of the auxiliary heads' losses (equation 6)."""
+    head_losses: bool = True
+    """False: every loss of the auxiliary heads has weight 0, whatever ``lambda_2`` is. They assign,
+    and their positives become queries, but they are not trained (table 9, third row)."""
     query_loss: QueryLossConfig = QueryLossConfig()
     matching_cost: BoxLossConfig = BoxLossConfig()
     max_detections: PositiveInt = 100
@@ -261,6 +320,69 @@ class DetectorConfig(Strict):
             if kind not in HEAD_TYPES:
                 raise ValueError(f"unknown head '{kind}'; {nearest(str(kind), [*HEAD_TYPES])}")
         return named
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        """What is of one kind of attention is not set for the other."""
+        transformer, queries = self.transformer, self.queries
+        if transformer.attention == "deformable":
+            if queries.size_modulation:
+                raise ValueError(
+                    "queries.size_modulation is part of conditional attention: set it to false, "
+                    "or transformer.attention=conditional"
+                )
+            if transformer.scale_positions and not queries.dynamic_anchors:
+                raise ValueError(
+                    "transformer.scale_positions scales positions of boxes: set "
+                    "queries.dynamic_anchors=true, or transformer.scale_positions=false"
+                )
+            return self
+        if isinstance(self.backbone, VitConfig):
+            raise ValueError(
+                f"transformer.attention=conditional reads one map of a ResNet or Swin, not the "
+                f"pyramid of '{self.backbone.name}': set transformer.attention=deformable"
+            )
+        if transformer.levels != 1 or len(self.backbone.stages) != 1:
+            raise ValueError(
+                f"transformer.attention=conditional reads one map, not transformer.levels="
+                f"{transformer.levels} of backbone.stages={[*self.backbone.stages]}: set "
+                f"transformer.levels=1 and backbone.stages=[4]"
+            )
+        if queries.two_stage:
+            raise ValueError(
+                "transformer.attention=conditional has no tokens of several sizes to select from: "
+                "set queries.two_stage=false"
+            )
+        if self.heads and self.strides[0] not in HEAD_PYRAMID:
+            raise ValueError(
+                f"the heads' pyramid has strides {', '.join(map(str, HEAD_PYRAMID))}, and "
+                f"backbone.stages={[*self.backbone.stages]} has stride {self.strides[0]}: "
+                f"set backbone.stages=[4]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        """Each group has something to learn from, and something of its own."""
+        queries, many = self.queries, self.one_to_many
+        if many.groups and queries.two_stage and many.tokens == "same":
+            if not queries.mixed_selection:
+                raise ValueError(
+                    "one_to_many.tokens=same needs learned content, or its groups are copies: set "
+                    "queries.mixed_selection=true, or one_to_many.tokens=next"
+                )
+            if many.queries != queries.count:
+                raise ValueError(
+                    f"one_to_many.tokens=same starts from the boxes of queries.count="
+                    f"{queries.count} queries: set one_to_many.queries={queries.count}, or "
+                    f"one_to_many.tokens=next"
+                )
+        if self.heads and not self.head_losses and not self.positive_queries.enabled:
+            raise ValueError(
+                "heads without losses and without positive queries do nothing: set heads=[], "
+                "head_losses=true or positive_queries.enabled=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
@@ -300,21 +422,31 @@ class DetectorConfig(Strict):
 
     @property
     def head_strides(self) -> tuple[int, ...]:
-        """Strides in pixels of the memory pyramid: the encoder's levels and one coarser."""
+        """Strides in pixels of the memory pyramid: the encoder's levels and one coarser, or, made
+        of a single map, the published pyramid."""
+        if self.transformer.attention == "conditional":
+            return HEAD_PYRAMID
         return (*self.strides, self.strides[-1] * 2)
 
     def loss_weights(self) -> dict[str, float]:
         """Effective weight of every loss term in the total (equation 6).
 
-        Names: ``query/LAYER/TERM``, ``denoising/LAYER/TERM``, ``encoder/TERM``,
-        ``positive/HEAD/LAYER/TERM`` and ``HEAD/TERM``. The heads' losses stand inside equation
-        6's sum over the L decoder layers, so each carries the factor L * lambda_2.
+        Names: ``query/LAYER/TERM``, ``denoising/LAYER/TERM``, ``one_to_many/LAYER/TERM``,
+        ``encoder/TERM``, ``positive/HEAD/LAYER/TERM`` and ``HEAD/TERM``. The heads' losses stand
+        inside equation 6's sum over the L decoder layers, so each carries the factor L * lambda_2,
+        or exactly 0 without ``head_losses``. The one-to-many loss is a mean over the groups; its
+        weight carries their number.
         """
         layers = self.transformer.decoder_layers
         terms = self.query_loss.weights()
         weights = {f"query/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
         if self.denoising.enabled:
             weights |= {f"denoising/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
+        if self.one_to_many.groups:
+            each = self.one_to_many.weight * self.one_to_many.groups
+            weights |= {
+                f"one_to_many/{i}/{t}": w * each for i in range(layers) for t, w in terms.items()
+            }
         if self.queries.two_stage:
             weights |= {f"encoder/{t}": w for t, w in terms.items()}
         for name, head in zip(self.head_names, self.heads, strict=True):
@@ -324,9 +456,8 @@ class DetectorConfig(Strict):
                     for i in range(layers)
                     for t, w in terms.items()
                 }
-            weights |= {
-                f"{name}/{t}": w * layers * self.lambda_2 for t, w in head.loss_weights().items()
-            }
+            factor = layers * self.lambda_2 if self.head_losses else 0.0
+            weights |= {f"{name}/{t}": w * factor for t, w in head.loss_weights().items()}
         return weights
 
 

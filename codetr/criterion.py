@@ -32,7 +32,14 @@ def group_losses(
     if group.targets is not None:
         layer_targets = [group.targets] * len(prediction.logits)
     else:
-        layer_targets = match(prediction, targets, sizes, config.matching_cost)
+        layer_targets = match_parts(
+            prediction,
+            targets,
+            sizes,
+            config.matching_cost,
+            parts=group.parts,
+            repeat=group.repeat,
+        )
     terms = box_losses(prediction, layer_targets, sizes, config, parts=group.parts)
     return {
         f"{group.name}/{layer}/{term}": values[layer]
@@ -68,6 +75,45 @@ def match(
     """The Hungarian targets of each layer."""
     matches = hungarian_layers(prediction.logits, prediction.boxes, targets, sizes, cost)
     return [_targets_of(m, prediction, targets, sizes) for m in matches]
+
+
+def match_parts(
+    prediction: GroupPrediction,
+    targets: Sequence[Targets],
+    sizes: Sequence[Size],
+    cost: BoxLossConfig,
+    *,
+    parts: int = 1,
+    repeat: int = 1,
+) -> list[KnownTargets]:
+    """The Hungarian targets of each layer: of each of ``parts`` equal parts of the queries on its
+    own (Group-DETR), with each object there ``repeat`` times (H-DETR)."""
+    if repeat > 1:
+        targets = [
+            replace(t, boxes=t.boxes.repeat(repeat, 1), labels=t.labels.repeat(repeat))
+            for t in targets
+        ]
+    if parts == 1:
+        return match(prediction, targets, sizes, cost)
+    layers = len(prediction.logits)
+
+    def as_layers(rows: Tensor) -> Tensor:
+        """(L * parts, B, Q / parts, D) from (L, B, Q, D): a part is matched as a layer is."""
+        size = rows.shape[2] // parts
+        return rows.unflatten(2, (parts, size)).transpose(1, 2).flatten(0, 1)
+
+    by_part = GroupPrediction(as_layers(prediction.logits), as_layers(prediction.boxes))
+    found = match(by_part, targets, sizes, cost)
+    return [_end_to_end(found[layer * parts : (layer + 1) * parts]) for layer in range(layers)]
+
+
+def _end_to_end(parts: Sequence[KnownTargets]) -> KnownTargets:
+    """The targets of all parts of a group as one."""
+    return KnownTargets(
+        labels=torch.cat([part.labels for part in parts], dim=1),
+        boxes=torch.cat([part.boxes for part in parts], dim=1),
+        label_weights=torch.cat([part.label_weights for part in parts], dim=1),
+    )
 
 
 def _targets_of(

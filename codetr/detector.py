@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from codetr.backbones import MultiScaleAdapter, build_backbone, build_neck
+from codetr.backbones import build_adapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DataConfig, DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
 from codetr.heads import build_head
 from codetr.heads.head import Head
-from codetr.queries import DenoisingQueries, LearnedQueries, PositiveQueries, TwoStageQueries
+from codetr.queries import (
+    DenoisingQueries,
+    LearnedQueries,
+    OneToManyQueries,
+    PositiveQueries,
+    TwoStageQueries,
+)
 from codetr.queries.selection import QUERY
 from codetr.sampling import forked_rng
 from codetr.soft_nms import soft_nms
@@ -25,10 +31,11 @@ from codetr.structures import (
     ImageBatch,
     LossOutput,
     Memory,
+    QueryGroup,
     Size,
     Targets,
 )
-from codetr.transformer import Decoder, Encoder
+from codetr.transformer import Decoder, DenseEncoder, Encoder
 
 if TYPE_CHECKING:
     from codetr.data import Classes
@@ -57,7 +64,8 @@ class CoDETR(nn.Module):
         transformer, channels = config.transformer, config.transformer.embed_dim
         self.backbone = build_backbone(config.backbone)
         self.neck = build_neck(self.backbone.channels, config)
-        self.encoder = Encoder(transformer)
+        conditional = transformer.attention == "conditional"
+        self.encoder = (DenseEncoder if conditional else Encoder)(transformer)
         self.decoder = Decoder(transformer, config.queries, config.num_classes)
         self.queries = (TwoStageQueries if config.queries.two_stage else LearnedQueries)(config)
         _xavier_uniform(self.encoder.layers, self.decoder.layers)
@@ -69,9 +77,12 @@ class CoDETR(nn.Module):
                 self.denoising = DenoisingQueries(
                     config.denoising, channels, config.num_classes, config.queries.logit_eps
                 )
+        if config.one_to_many.groups:
+            with forked_rng("one_to_many"):
+                self.one_to_many = OneToManyQueries(config)
         if config.heads:
             with forked_rng("adapter"):
-                self.adapter = MultiScaleAdapter(transformer)
+                self.adapter = build_adapter(config)
         self.heads = nn.ModuleList(
             build_head(
                 head,
@@ -183,6 +194,8 @@ class CoDETR(nn.Module):
         groups = [selection.group]
         if self.config.denoising.enabled:
             groups.append(self.denoising(batch.sizes, targets))
+        if self.config.one_to_many.groups:
+            groups.append(self.one_to_many(self.queries, selection, memory))
         losses: dict[str, Tensor] = {}
         for index, (name, head) in enumerate(zip(self.config.head_names, self.heads, strict=True)):
             output = head(pyramid, batch.sizes, targets)
@@ -191,7 +204,7 @@ class CoDETR(nn.Module):
                 make_group = self.positive_queries[index]
                 groups.append(make_group(name, output.positives, batch.sizes, targets))
 
-        predictions = self.decoder(groups, memory)
+        predictions = self._decode(groups, memory)
         for group in groups:
             prediction = predictions[group.name]
             losses |= group_losses(group, prediction, targets, batch.sizes, self.config)
@@ -201,6 +214,22 @@ class CoDETR(nn.Module):
         weights = self.config.loss_weights()
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return LossOutput(total, losses)
+
+    def _decode(self, groups: list[QueryGroup], memory: Memory) -> dict[str, GroupPrediction]:
+        """Every group's prediction by its name, in as many passes as configured."""
+        passes = [groups]
+        if self.config.positive_queries.decoder_passes == "per_head":
+            seen = {name for group in groups for name in group.sees}
+            joined = [bool(group.sees) or group.name in seen for group in groups]
+            together = [group for group, is_joined in zip(groups, joined, strict=True) if is_joined]
+            passes = [
+                [group] for group, is_joined in zip(groups, joined, strict=True) if not is_joined
+            ]
+            passes += [together] if together else []
+        predictions: dict[str, GroupPrediction] = {}
+        for of_pass in passes:
+            predictions |= self.decoder(of_pass, memory)
+        return predictions
 
     def encode(self, batch: ImageBatch) -> Memory:
         """Backbone, neck and encoder."""

@@ -123,12 +123,15 @@ class Memory:
         shapes: (height, width) in cells of each level; their areas add up to T.
         padding: (B, T) bool, True where a token lies in the padding of its image.
         valid_ratios: (B, levels, 2), share of each map's width and height that its image covers.
+        position: (B, T, C) encoding of each token's place, for keys of conditional attention; None
+            where attention is deformable and needs none.
     """
 
     tokens: Tensor
     shapes: list[Size]
     padding: Tensor
     valid_ratios: Tensor
+    position: Tensor | None = None
 
     def maps(self) -> list[Tensor]:
         """(B, C, h, w) for each level."""
@@ -200,7 +203,8 @@ class QueryGroup:
 
     Attributes:
         name: ``query`` for the one-to-one queries, ``denoising`` for noisy objects,
-            ``positive/HEAD`` for a head's positives.
+            ``one_to_many`` for further queries that are matched, ``positive/HEAD`` for a head's
+            positives.
         content: (B, Q, C).
         position: (B, Q, C) added to queries and keys of the attention; None where the decoder
             computes it at each layer from the boxes (``queries.dynamic_anchors``).
@@ -209,7 +213,9 @@ class QueryGroup:
             offsets are in cells of the maps, not in fractions of the box (method.md 11).
         targets: known targets, or None where the criterion finds them by Hungarian matching.
         sees: names of other groups whose queries these may attend to.
-        parts: so many equal parts, laid end to end, do not see one another.
+        parts: so many equal parts, laid end to end, do not see one another. Without known targets
+            each is matched on its own, and the loss is the mean over the parts.
+        repeat: so many queries of a part are matched with each object.
         valid: (B, Q) bool, False where a query is mere padding that none may attend to; None: all.
     """
 
@@ -221,6 +227,7 @@ class QueryGroup:
     targets: KnownTargets | None = None
     sees: tuple[str, ...] = ()
     parts: int = 1
+    repeat: int = 1
     valid: Tensor | None = None
 
     @property

@@ -60,6 +60,37 @@ def test_denoising_is_weighted_as_the_query_losses() -> None:
     assert not any("classification" in name for name in weights)
 
 
+def test_heads_without_losses_have_weight_zero() -> None:
+    """Table 9, third row: nothing but the heads' own terms changes."""
+    heads = ["atss", "faster_rcnn"]
+    with_losses, without = (
+        detector(heads=heads, head_losses=losses).loss_weights() for losses in (True, False)
+    )
+    own = ("atss/", "faster_rcnn/")
+    assert {name for name in without if without[name] != with_losses[name]} == {
+        name for name in with_losses if name.startswith(own)
+    }
+    assert {value for name, value in without.items() if name.startswith(own)} == {0.0}
+
+
+def test_each_one_to_many_group_weighs_as_the_queries() -> None:
+    """The loss is a mean over the groups, whose number is in its weight."""
+    weights = detector(one_to_many={"groups": 10, "weight": 0.5}).loss_weights()
+    assert weights["one_to_many/5/l1"] == 10 * 0.5 * weights["query/5/l1"]
+    assert not any(name.startswith("one_to_many") for name in detector().loss_weights())
+
+
+def test_a_single_map_becomes_the_published_pyramid() -> None:
+    config = detector(
+        backbone={"stages": [4]},
+        transformer={"attention": "conditional", "levels": 1},
+        queries={"two_stage": False},
+        heads=["atss"],
+    )
+    assert config.strides == (32,)
+    assert config.head_strides == (8, 16, 32, 64, 128)
+
+
 @pytest.mark.parametrize(
     ("stages", "levels", "strides"),
     [
@@ -147,8 +178,83 @@ def test_repeated_heads_have_names_of_their_own() -> None:
             "queries: rank_by=best_class ranks encoder tokens: set two_stage=true",
         ),
         (
-            {"queries": {"two_stage": False, "dynamic_anchors": True}},
-            "queries: dynamic_anchors need boxes to start from: set two_stage=true",
+            {"queries": {"two_stage": False, "dynamic_anchors": True, "box_refinement": False}},
+            "queries: dynamic_anchors are boxes under way: set box_refinement=true",
+        ),
+        (
+            {"queries": {"learned_content": False}},
+            "queries: learned_content=false is for one-stage queries: set two_stage=false",
+        ),
+        (
+            {"queries": {"size_modulation": True}},
+            "queries: size_modulation needs boxes with sizes: set dynamic_anchors=true",
+        ),
+        (
+            {"queries": {"size_modulation": True, "dynamic_anchors": True}},
+            "set it to false, or transformer.attention=conditional",
+        ),
+        (
+            {"transformer": {"scale_positions": True}},
+            "set queries.dynamic_anchors=true, or transformer.scale_positions=false",
+        ),
+        ({"transformer": {"attention": "dense"}}, "transformer.attention: Input should be"),
+        (
+            {"transformer": {"attention": "conditional"}, "queries": {"two_stage": False}},
+            "not transformer.levels=4 of backbone.stages=[2, 3, 4]: "
+            "set transformer.levels=1 and backbone.stages=[4]",
+        ),
+        (
+            {
+                "transformer": {"attention": "conditional", "levels": 1},
+                "backbone": {"stages": [3, 4]},
+                "queries": {"two_stage": False},
+            },
+            "reads one map, not transformer.levels=1 of backbone.stages=[3, 4]",
+        ),
+        (
+            {
+                "transformer": {"attention": "conditional", "levels": 1},
+                "backbone": {"stages": [4]},
+            },
+            "set queries.two_stage=false",
+        ),
+        (
+            {
+                "transformer": {"attention": "conditional", "levels": 1},
+                "backbone": {"stages": [1]},
+                "queries": {"two_stage": False},
+                "heads": ["atss"],
+            },
+            "strides 8, 16, 32, 64, 128, and backbone.stages=[1] has stride 4: set",
+        ),
+        (
+            {
+                "transformer": {"attention": "conditional", "levels": 4},
+                "backbone": "eva02_large",
+                "queries": {"two_stage": False},
+            },
+            "not the pyramid of 'eva02_large': set transformer.attention=deformable",
+        ),
+        (
+            {"one_to_many": {"groups": 1}, "queries": {"mixed_selection": False}},
+            "set queries.mixed_selection=true, or one_to_many.tokens=next",
+        ),
+        (
+            {"one_to_many": {"groups": 1, "queries": 100}},
+            "set one_to_many.queries=300, or one_to_many.tokens=next",
+        ),
+        ({"one_to_many": {"repeat": 0}}, "one_to_many.repeat: Input should be greater than 0"),
+        (
+            {
+                "heads": ["atss"],
+                "head_losses": False,
+                "positive_queries": {"enabled": False},
+            },
+            "set heads=[], head_losses=true or positive_queries.enabled=true",
+        ),
+        (
+            {"positive_queries": {"decoder_passes": "two"}},
+            "positive_queries.decoder_passes: Input should be 'one' or 'per_head'",
         ),
         (
             {"queries": {"mixed_selection": False, "dynamic_anchors": True}},
@@ -159,7 +265,8 @@ def test_repeated_heads_have_names_of_their_own() -> None:
             {"denoising": {"enabled": True}},
             "set queries.dynamic_anchors=true, or denoising.enabled=false",
         ),
-        ({"denoising": {"groups": 3}}, "denoising: unknown key 'groups'"),
+        ({"denoising": {"groups": 0}}, "denoising.groups: Input should be greater than 0"),
+        ({"denoising": {"copies": 3}}, "denoising: unknown key 'copies'"),
         ({"denoising": {"label_noise": 1.5}}, "denoising.label_noise"),
         ({"soft_nms": {"iou": 0}}, "soft_nms.iou"),
         ({"query_loss": {"classification": "qfl"}}, "query_loss.classification"),

@@ -144,3 +144,49 @@ def test_noise_belongs_to_the_image() -> None:
     targets[0].seed = 99
     module = DenoisingQueries(DenoisingConfig(queries=12), 8, CLASSES, 1e-3)
     assert not torch.equal(module(SIZES[:1], targets).reference, alone.reference)
+
+
+def plain(counts: list[int], **settings: float) -> tuple[QueryGroup, list[Targets]]:
+    return make(counts, contrastive=False, groups=3, **settings)
+
+
+@pytest.mark.parametrize("counts", [[4, 2], [1, 0], [30, 3]])
+def test_plain_denoising_has_near_copies_alone(counts: list[int]) -> None:
+    """As many groups as said, whatever the number of objects; empty slots have no loss."""
+    group, targets = plain(counts)
+    most = max(counts)
+    assert (group.parts, group.count, group.sees) == (3, 3 * most, ("query",))
+    assert group.targets is not None
+    for image, objects in enumerate(targets):
+        n = len(objects)
+        labels = group.targets.labels[image].view(3, most)
+        weights = group.targets.label_weights[image].view(3, most)
+        boxes = group.targets.boxes[image].view(3, most, 4)
+        assert (labels[:, :n] == objects.labels).all()
+        assert (weights[:, :n] == 1).all()
+        assert (weights[:, n:] == 0).all()
+        wanted = normalise(objects.boxes, SIZES[image]).expand(3, n, 4)
+        torch.testing.assert_close(boxes[:, :n], wanted)
+        assert (group.content[image].view(3, most, -1)[:, n:] == 0).all()
+
+
+@given(seed=st.integers(0, 500), box_noise=st.floats(0.05, 1))
+def test_plain_noise_moves_the_centre_and_scales_the_sides(seed: int, box_noise: float) -> None:
+    """DN-DETR, section 4.2: |shift| < noise * side / 2, and sides of (1 - noise) to (1 + noise)."""
+    objects = some_objects(3, (100, 100), seed)
+    config = DenoisingConfig(contrastive=False, groups=4, box_noise=box_noise)
+    group = DenoisingQueries(config, 8, CLASSES, 1e-5)([(100, 100)], [objects])
+    boxes = normalise(objects.boxes, (100, 100))
+    moved = group.reference[0].view(4, 3, 4)
+    shift = (moved[..., :2] - boxes[..., :2]).abs() / (boxes[..., 2:] / 2)
+    scale = moved[..., 2:] / boxes[..., 2:]
+    assert (shift <= box_noise + 1e-3).all()
+    assert ((scale - 1).abs() <= box_noise + 1e-3).all()
+    assert (scale - 1).abs().max() > 0.05 * box_noise
+    assert shift.max() > 0.05 * box_noise
+
+
+def test_plain_denoising_without_objects() -> None:
+    group, _ = plain([0, 0])
+    assert (group.count, group.parts) == (0, 3)
+    assert group.content.requires_grad

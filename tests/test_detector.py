@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import FASTER_RCNN, MASK_RCNN, tiny_detector
+from tiny_training import FASTER_RCNN, KINDS, MASK_RCNN, tiny_detector
+from torch import Tensor
 
-from codetr.config import DenoisingConfig, DetectorConfig
+from codetr.config import DenoisingConfig, DetectorConfig, OneToManyConfig
 from codetr.detector import CoDETR, best_pairs
 from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
 
@@ -28,9 +30,18 @@ HEAD_LISTS = [
     ["atss"] * 6,
     ["atss", FASTER_RCNN, "paa", "retinanet", "fcos", "gfl"],  # table 7
 ]
+EVERY = [(kind, heads) for kind in ("one-stage", "two-stage", "dino") for heads in HEAD_LISTS]
+EVERY += [
+    (kind, heads)
+    for kind in KINDS
+    for heads in ([], ["atss"], ["atss", FASTER_RCNN])
+    if (kind, heads) not in EVERY
+]
+"""Kinds of detector and lists of heads: each kind with K = 0, 1 and 2."""
 
 
-def kinds(heads: list) -> str:
+def ids(value: str | list) -> str:
+    heads = [value] if isinstance(value, str) else value
     return "+".join(head if isinstance(head, str) else head["type"] for head in heads) or "none"
 
 
@@ -57,19 +68,17 @@ def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Target
     return CoDETR(config).train()(batch, targets)
 
 
-VARIANTS = {"one-stage": {}, "two-stage": {"two_stage": True}, "dino": {"dino": True}}
-variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+variants = pytest.mark.parametrize("kind", KINDS)
 
 
-@variants
-@pytest.mark.parametrize("heads", HEAD_LISTS, ids=kinds)
+@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=ids)
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0), (0, 0)], ids=["full", "one empty", "empty"])
 def test_every_trainable_parameter_gets_a_gradient(
-    heads: list, variant: dict[str, bool], counts: tuple[int, int]
+    kind: str, heads: list, counts: tuple[int, int]
 ) -> None:
     batch = images([(64, 96), (48, 64)])
     targets = [objects(n, s, i) for i, (n, s) in enumerate(zip(counts, batch.sizes, strict=True))]
-    model = CoDETR(tiny_detector(*heads, **variant)).train()
+    model = CoDETR(tiny_detector(*heads, kind=kind)).train()
     output = model(batch, targets)
     output.total.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -77,11 +86,10 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@variants
-@pytest.mark.parametrize("heads", HEAD_LISTS, ids=kinds)
-def test_loss_terms_are_those_of_the_plan(heads: list, variant: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("kind", "heads"), EVERY, ids=ids)
+def test_loss_terms_are_those_of_the_plan(kind: str, heads: list) -> None:
     """Names agree with the configuration's weights, and the total is their weighted sum."""
-    config = tiny_detector(*heads, **variant)
+    config = tiny_detector(*heads, kind=kind)
     batch = images([(64, 64)])
     output = train_losses(config, batch, [objects(3, (64, 64))])
     weights = config.loss_weights()
@@ -154,13 +162,15 @@ def test_repeated_heads_start_from_weights_of_their_own() -> None:
 
 
 @variants
-def test_what_training_adds_costs_nothing_at_inference(variant: dict[str, bool]) -> None:
-    """Neither heads nor denoising change detections or the parameters that inference uses."""
+def test_what_training_adds_costs_nothing_at_inference(kind: str) -> None:
+    """Neither heads nor denoising nor further groups change detections or the parameters that
+    inference uses."""
     torch.manual_seed(0)
-    config = tiny_detector(**variant)
-    plain = CoDETR(config.model_copy(update={"denoising": DenoisingConfig()})).eval()
+    config = tiny_detector(kind=kind)
+    nothing = {"denoising": DenoisingConfig(), "one_to_many": OneToManyConfig()}
+    plain = CoDETR(config.model_copy(update=nothing)).eval()
     torch.manual_seed(0)
-    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN, **variant)).eval()
+    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN, kind=kind)).eval()
     batch = images([(64, 96), (48, 64)])
     for one, other in zip(plain(batch), collaborative(batch), strict=True):
         assert torch.equal(one.boxes, other.boxes)
@@ -170,18 +180,21 @@ def test_what_training_adds_costs_nothing_at_inference(variant: dict[str, bool])
 
 
 @variants
-def test_what_lies_in_the_padding_is_never_read(variant: dict[str, bool]) -> None:
+def test_what_lies_in_the_padding_is_never_read(kind: str) -> None:
     """An image's memory and queries are the same alone and beside a larger image."""
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector(**variant)).eval().double()
+    model = CoDETR(tiny_detector(kind=kind)).eval().double()
     sizes = [(64, 64), (64, 128)]
-    maps = [torch.randn(2, 32, 64 // s, 128 // s, dtype=torch.double) for s in (8, 16, 32)]
+    strides = model.config.strides
+    maps = [torch.randn(2, 32, 64 // s, 128 // s, dtype=torch.double) for s in strides]
     together = model.encoder(maps, images(sizes))
     alone = model.encoder([m[:1, :, :, : m.shape[3] // 2] for m in maps], images(sizes[:1]))
     valid = ~together.padding[0]
     torch.testing.assert_close(together.tokens[:1, valid], alone.tokens)
 
-    if variant:  # tokens in the padding may be selected, but do not change the others' scores
+    if (
+        model.config.queries.two_stage
+    ):  # tokens in the padding may be selected, but do not change the others' scores
         logits = [model.queries._propose(memory)[0][0] for memory in (together, alone)]
         torch.testing.assert_close(logits[0][valid], logits[1])
         return
@@ -193,21 +206,21 @@ def test_what_lies_in_the_padding_is_never_read(variant: dict[str, bool]) -> Non
     torch.testing.assert_close(boxes[0], boxes[1])
 
 
-EVERY = [FASTER_RCNN, MASK_RCNN, "atss", "retinanet", "fcos", "paa", "gfl"]
+EVERY_HEAD = [FASTER_RCNN, MASK_RCNN, "atss", "retinanet", "fcos", "paa", "gfl"]
 
 
 @variants
-@pytest.mark.parametrize("branch", ["query", *(kinds([head]) for head in EVERY)])
-def test_every_branch_detects_within_the_image(branch: str, variant: dict[str, bool]) -> None:
+def test_every_branch_detects_within_the_image(kind: str) -> None:
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector(*EVERY, **variant)).eval()
+    model = CoDETR(tiny_detector(*EVERY_HEAD, kind=kind)).eval()
     batch = images([(64, 96), (48, 64)])
-    for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
-        assert isinstance(found, Detections)
-        assert len(found) > 0
-        assert (found.boxes >= 0).all()
-        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
-        assert (found.scores.diff() <= 0).all()
+    for branch in ("query", *model.config.head_names):
+        for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
+            assert isinstance(found, Detections), branch
+            assert len(found) > 0, branch
+            assert (found.boxes >= 0).all(), branch
+            assert (found.boxes <= torch.tensor([width, height, width, height])).all(), branch
+            assert (found.scores.diff() <= 0).all(), branch
 
 
 def test_unknown_branch_names_the_nearest() -> None:
@@ -224,7 +237,7 @@ def test_training_needs_targets() -> None:
 @pytest.mark.parametrize("padding", ["negatives", "mask", "zeros"])
 def test_images_with_fewer_positives_are_filled(padding: str) -> None:
     """All ways of filling give the batch one number of queries, and gradients to all."""
-    config = tiny_detector(*EVERY)
+    config = tiny_detector(*EVERY_HEAD)
     positive = config.positive_queries.model_copy(update={"padding": padding})
     config = config.model_copy(update={"positive_queries": positive})
     batch = images([(64, 96), (48, 64)])
@@ -243,9 +256,98 @@ def test_positive_queries_can_be_off() -> None:
 
 
 @variants
-def test_bf16_autocast(variant: dict[str, bool]) -> None:
+def test_one_pass_of_the_decoder_is_one_for_each_head(kind: str) -> None:
+    """The block mask isolates the groups: with a pass for each, losses and gradients are equal."""
+    batch = images([(64, 96), (48, 64)])
+    targets = [objects(4, (64, 96)), objects(1, (48, 64), 1)]
+    results = []
+    for passes in ("one", "per_head"):
+        # Masked positives: then padding differs between the images as well.
+        positive = {"decoder_passes": passes, "padding": "mask"}
+        config = tiny_detector("atss", FASTER_RCNN, kind=kind, positive_queries=positive)
+        torch.manual_seed(0)
+        model = CoDETR(config).train()
+        calls = []
+        model.decoder.register_forward_pre_hook(lambda _, args, to=calls: to.append(args[0]))
+        output = model(batch, targets)
+        output.total.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((calls, output.losses, gradients))
+    (one, losses, gradients), (several, others, other_gradients) = results
+    assert len(one) == 1
+    names = [[group.name for group in groups] for groups in several]
+    assert ["positive/atss"] in names
+    assert ["positive/faster_rcnn"] in names
+    assert sorted(n for of_pass in names for n in of_pass) == sorted(g.name for g in one[0])
+    assert losses.keys() == others.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    for name, gradient in gradients.items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        assert (other_gradients[name] - gradient).abs().max() < 1e-3 * scale, name
+
+
+def kept_by_the_decoder(kind: str, passes: str) -> int:
+    """Bytes that the decoder keeps for the backward pass of 100 queries and 100 positives of each
+    of two heads."""
+    positive = {"decoder_passes": passes, "padding": "mask", "min": 100, "max": 100}
+    config = tiny_detector(
+        "atss", FASTER_RCNN, kind=kind, positive_queries=positive, queries={"count": 100}
+    )
+    torch.manual_seed(0)
+    model = CoDETR(config).train()
+    decode, kept = model.decoder.forward, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no address is used twice
+        return tensor
+
+    def watched(*inputs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return decode(*inputs)
+
+    model.decoder.forward = watched  # type: ignore[method-assign]
+    model(images([(64, 96), (48, 64)]), [objects(4, (64, 96)), objects(1, (48, 64), 1)])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["two-stage", "dino", "conditional"])
+def test_a_pass_for_each_head_keeps_less_for_the_backward_pass(kind: str) -> None:
+    """By a quarter at least: masks and attention maps are a third as large in all."""
+    one, per_head = (kept_by_the_decoder(kind, passes) for passes in ("one", "per_head"))
+    assert per_head < 0.75 * one
+
+
+def test_positive_queries_without_the_losses_of_their_head() -> None:
+    """Table 9, third row: the head's own terms leave the total, and nothing else changes."""
     batch, targets = images([(64, 96)]), [objects(3, (64, 96))]
-    config = tiny_detector("atss", FASTER_RCNN, **variant)
+    both, queries = (
+        train_losses(tiny_detector("atss", head_losses=losses), batch, targets)
+        for losses in (True, False)
+    )
+    assert both.losses.keys() == queries.losses.keys()
+    for name, value in both.losses.items():
+        torch.testing.assert_close(queries.losses[name], value)
+    weights = tiny_detector("atss").loss_weights()
+    own = sum(
+        weights[name] * value for name, value in both.losses.items() if name.startswith("atss/")
+    )
+    torch.testing.assert_close(both.total - queries.total, own)
+
+
+def test_heads_without_losses_are_not_trained_but_have_gradients() -> None:
+    torch.manual_seed(0)
+    model = CoDETR(tiny_detector("atss", FASTER_RCNN, head_losses=False)).train()
+    model(images([(64, 96)]), [objects(3, (64, 96))]).total.backward()
+    assert all((p.grad == 0).all() for p in model.heads.parameters())  # type: ignore[union-attr]
+    transforms = model.positive_queries.parameters()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transforms)
+
+
+@variants
+def test_bf16_autocast(kind: str) -> None:
+    batch, targets = images([(64, 96)]), [objects(3, (64, 96))]
+    config = tiny_detector("atss", FASTER_RCNN, kind=kind)
     exact = train_losses(config, batch, targets)
     with torch.autocast("cpu", torch.bfloat16):
         rough = train_losses(config, batch, targets)
@@ -255,9 +357,9 @@ def test_bf16_autocast(variant: dict[str, bool]) -> None:
 
 
 @variants
-def test_draws_belong_to_the_image(variant: dict[str, bool]) -> None:
+def test_draws_belong_to_the_image(kind: str) -> None:
     """The same image gives the same queries in whatever batch it is."""
-    config = tiny_detector(FASTER_RCNN, **variant)
+    config = tiny_detector(FASTER_RCNN, kind=kind)
     batch, targets = images([(64, 64)]), [objects(3, (64, 64))]
     torch.manual_seed(5)
     model = CoDETR(config).train()

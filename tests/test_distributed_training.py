@@ -42,6 +42,15 @@ CASES |= {
     f"K = 2, DINO, objects on {where}": (tiny_detector(*K2, dino=True), objects)
     for where, objects in OBJECTS.items()
 }
+CASES |= {
+    f"K = 2, {kind}, objects on {where}": (tiny_detector(*K2, kind=kind), OBJECTS[where])
+    for kind in ("hybrid", "grouped conditional", "dab", "dn")
+    for where in ("rank 0 alone", "no rank")
+}
+CASES["K = 2, a pass for each group"] = (
+    tiny_detector(*K2, kind="dn", positive_queries={"decoder_passes": "per_head"}),
+    OBJECTS["rank 0 alone"],
+)
 
 
 def share(batch):
@@ -208,7 +217,7 @@ def in_parts():
 def test_parts_of_a_batch_equal_the_whole(case, count, in_parts, alone):
     losses, found = in_parts[count][case]
     expected_losses, expected = alone[case]
-    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-8)
     require_close(found, expected)
 
 
@@ -218,7 +227,9 @@ def test_losses_and_gradients_equal_those_of_one_process(case, how, ranks, alone
     (losses_0, gradients_0), (losses_1, gradients_1) = (r[how][case] for r in ranks)
     losses, expected = alone[case]
     for term, value in losses.items():
-        assert (losses_0[term] + losses_1[term]) / 2 == pytest.approx(value, rel=1e-5), term
+        # Boxes that fit leave a GIoU loss of 1e-4, the difference of two numbers near 1.
+        expected_loss = pytest.approx(value, rel=1e-5, abs=1e-8)
+        assert (losses_0[term] + losses_1[term]) / 2 == expected_loss, term
     for name, gradient in gradients_0.items():
         assert torch.equal(gradient, gradients_1[name]), name
     require_close(gradients_0, expected)
@@ -227,7 +238,9 @@ def test_losses_and_gradients_equal_those_of_one_process(case, how, ranks, alone
 def require_close(found, expected):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        scale = max(float(gradient.abs().max()), 1e-3)
+        # A bias of keys moves all scores of a softmax alike: its gradient is zero but for rounding.
+        smallest = 1e-2 if "key_" in name and name.endswith("bias") else 1e-3
+        scale = max(float(gradient.abs().max()), smallest)
         assert float((found[name] - gradient).abs().max()) < 1e-5 * scale, name
 
 

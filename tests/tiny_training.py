@@ -25,50 +25,106 @@ FASTER_RCNN = {
 }
 
 
-DINO = {
-    "queries": {
-        "count": 12,
-        "rank_by": "best_class",
-        "dynamic_anchors": True,
-        "norm_states": True,
-        "logit_eps": 1e-3,
-    },
-    "denoising": {"enabled": True, "queries": 6},
-    "query_loss": {"classification": "quality_focal", "cls": 1.0},
-    "soft_nms": {"enabled": True},
+C5 = {
+    "backbone": {"stages": [4]},
+    "transformer": {"attention": "conditional", "levels": 1, "encoder_layers": 2},
 }
-"""Settings that make the tiny detector a DINO."""
+KINDS: dict[str, dict[str, Any]] = {
+    "one-stage": {},
+    "unrefined": {"queries": {"box_refinement": False}},
+    "two-stage": {"queries": {"two_stage": True}},
+    "dino": {
+        "queries": {
+            "two_stage": True,
+            "rank_by": "best_class",
+            "dynamic_anchors": True,
+            "norm_states": True,
+            "logit_eps": 1e-3,
+        },
+        "denoising": {"enabled": True, "queries": 6},
+        "query_loss": {"classification": "quality_focal", "cls": 1.0},
+        "soft_nms": {"enabled": True},
+    },
+    "hybrid": {
+        "queries": {"two_stage": True},
+        "one_to_many": {"groups": 1, "queries": 20, "repeat": 3, "tokens": "next"},
+    },
+    "grouped": {
+        "queries": {"two_stage": True},
+        "one_to_many": {"groups": 3, "queries": 12},
+    },
+    "conditional": {
+        **C5,
+        "queries": {"box_refinement": False, "learned_content": False, "norm_states": True},
+    },
+    "grouped conditional": {
+        **C5,
+        "queries": {"box_refinement": False, "learned_content": False, "norm_states": True},
+        "one_to_many": {"groups": 2, "queries": 12},
+    },
+    "dab": {
+        "backbone": C5["backbone"],
+        "transformer": {**C5["transformer"], "activation": "prelu", "scale_positions": True},
+        "queries": {
+            "learned_content": False,
+            "norm_states": True,
+            "dynamic_anchors": True,
+            "shared_branches": True,
+            "size_modulation": True,
+        },
+    },
+    "dn": {
+        "transformer": {"scale_positions": True},
+        "queries": {"dynamic_anchors": True, "look_forward_twice": False},
+        "denoising": {"enabled": True, "contrastive": False, "groups": 2, "box_noise": 0.4},
+    },
+}
+"""Settings that make the tiny detector one of each kind."""
 
 
 def tiny_detector(
-    *heads: Any, two_stage: bool = False, frozen_norm: bool = True, dino: bool = False
+    *heads: Any,
+    kind: str = "one-stage",
+    two_stage: bool = False,
+    frozen_norm: bool = True,
+    dino: bool = False,
+    **settings: Any,
 ) -> DetectorConfig:
-    """Strides 8 to 32, 32 channels, 1 + 2 layers, 12 queries; ``heads`` of small samples."""
-    return DetectorConfig.model_validate(
-        {
-            "num_classes": len(CLASSES),
-            "backbone": {
-                "name": "tiny",
-                "pretrained": False,
-                "frozen_stages": -1,
-                "frozen_norm": frozen_norm,
-            },
-            "transformer": {
-                "embed_dim": 32,
-                "ffn_dim": 64,
-                "attention_heads": 4,
-                "sampling_points": 2,
-                "encoder_layers": 1,
-                "decoder_layers": 2,
-                "levels": 3,
-                "group_norm_groups": 8,
-            },
-            "queries": {"count": 12, "two_stage": two_stage},
-            "heads": heads,
-            "positive_queries": {"max": 20, "features": not dino},
-            **(DINO if dino else {}),
-        }
-    )
+    """Strides 8 to 32, 32 channels, 1 + 2 layers, 12 queries; ``heads`` of small samples; changed
+    as the ``kind`` wants, and then by ``settings`` of the detector."""
+    kind = "dino" if dino else "two-stage" if two_stage else kind
+    sizes = {
+        "num_classes": len(CLASSES),
+        "backbone": {
+            "name": "tiny",
+            "pretrained": False,
+            "frozen_stages": -1,
+            "frozen_norm": frozen_norm,
+        },
+        "transformer": {
+            "embed_dim": 32,
+            "ffn_dim": 64,
+            "attention_heads": 4,
+            "sampling_points": 2,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "levels": 3,
+            "group_norm_groups": 8,
+        },
+        "queries": {"count": 12, "two_stage": False},
+        "heads": heads,
+        "positive_queries": {"max": 20, "features": kind != "dino"},
+    }
+    return DetectorConfig.model_validate(merged(merged(sizes, KINDS[kind]), settings))
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` with the values of ``above``, section by section."""
+    changed = {
+        key: merged(below[key], value) if isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+    return below | changed
 
 
 def tiny_training(**settings: Any) -> TrainingConfig:

@@ -7,6 +7,7 @@ from torch import nn
 from codetr.backbones.backbone import Backbone
 from codetr.backbones.neck import ChannelMapper, MultiScaleAdapter, SimpleFeaturePyramid
 from codetr.backbones.resnet import ResNet
+from codetr.backbones.single_scale import Projection, SingleScaleAdapter
 from codetr.backbones.swin import Swin
 from codetr.backbones.vit import Vit
 from codetr.config import DetectorConfig, ResNetConfig, SwinConfig, VitConfig
@@ -15,10 +16,13 @@ __all__ = [
     "Backbone",
     "ChannelMapper",
     "MultiScaleAdapter",
+    "Projection",
     "ResNet",
     "SimpleFeaturePyramid",
+    "SingleScaleAdapter",
     "Swin",
     "Vit",
+    "build_adapter",
     "build_backbone",
     "build_neck",
 ]
@@ -40,7 +44,16 @@ def build_backbone(config: ResNetConfig | SwinConfig | VitConfig) -> Backbone:
 def build_neck(channels: list[int], config: DetectorConfig) -> nn.Module:
     """What makes ``transformer.levels`` maps of ``transformer.embed_dim`` channels of the
     backbone's maps, which have ``channels``."""
+    if config.transformer.attention == "conditional":
+        return Projection(channels, config.transformer)
     if isinstance(config.backbone, VitConfig):
         transformer = config.transformer
         return SimpleFeaturePyramid(channels[0], transformer.embed_dim, transformer.levels)
     return ChannelMapper(channels, config.transformer)
+
+
+def build_adapter(config: DetectorConfig) -> nn.Module:
+    """What makes the auxiliary heads' maps, of ``config.head_strides``, of the memory's."""
+    if config.transformer.attention == "conditional":
+        return SingleScaleAdapter(config.strides[0], config.head_strides, config.transformer)
+    return MultiScaleAdapter(config.transformer)

@@ -1,4 +1,4 @@
-"""Contrastive denoising: noisy objects as queries that know their target."""
+"""Denoising: noisy objects as queries that know their target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ DENOISING = "denoising"
 
 @dataclass
 class Noise:
-    """Random draws for R copies of the n objects of one image; rows are near, far, near, ...
+    """Random draws for R copies of the n objects of one image; in contrastive denoising rows are
+    near, far, near, ...
 
     Attributes:
         flip: (R, n) uniform in [0, 1); a label is replaced where it is small enough.
@@ -56,10 +57,12 @@ def noise_groups(queries: int, objects: int) -> int:
 
 
 class DenoisingQueries(nn.Module):
-    """Makes the group ``denoising`` (DINO, section 3.3; method.md 24-28).
+    """Makes the group ``denoising`` (DINO, section 3.3; method.md 24-28; DN-DETR, section 4).
 
     Each object is copied twice in each noise group: the *near* copy must find the object again,
-    the *far* one must say that there is none.
+    the *far* one must say that there is none. Not contrastive: there are near copies alone.
+    DN-DETR's indicator, one channel that tells noisy from other queries, DINO has dropped, and so
+    does this.
     """
 
     def __init__(
@@ -70,11 +73,12 @@ class DenoisingQueries(nn.Module):
         self.label_embedding = nn.Embedding(num_classes, channels)
 
     def forward(self, sizes: Sequence[Size], targets: Sequence[Targets]) -> QueryGroup:
-        """The group of all images: in each noise group one slot for the near and one for the far
-        copy of every object of the image that has most, of all ranks.
+        """The group of all images: in each noise group one slot for the near and, if contrastive,
+        one for the far copy of every object of the image that has most, of all ranks.
 
         The slots that other images leave empty have no content and a box in the middle; their
-        target is background, and they are seen as the others are (method.md 26).
+        target is background, or nothing if not contrastive, and they are seen as the others are
+        (method.md 26).
 
         Args:
             sizes: valid (height, width) of each image in pixels.
@@ -82,10 +86,11 @@ class DenoisingQueries(nn.Module):
         """
         device = targets[0].boxes.device
         most = world_max(max(len(t) for t in targets), device)
-        groups = noise_groups(self.config.queries, most)
+        groups = self.config.groups or noise_groups(self.config.queries, most)
+        copies = groups * (2 if self.config.contrastive else 1)
         noise = _stack(
             [
-                draw_noise(2 * groups, len(t), self.num_classes, draw_generator(t, DENOISING))
+                draw_noise(copies, len(t), self.num_classes, draw_generator(t, DENOISING))
                 for t in targets
             ],
             most,
@@ -96,12 +101,15 @@ class DenoisingQueries(nn.Module):
         labels = torch.stack([_pad(t.labels, most) for t in targets])[:, None]
         counts = torch.tensor([len(t) for t in targets], device=device)
         filled = (torch.arange(most, device=device) < counts[:, None])[:, None]
-        far = torch.arange(2 * groups, device=device) % 2 == 1
+        far = (torch.arange(copies, device=device) % 2 == 1) & self.config.contrastive
 
-        copies = torch.where(noise.flip < self.config.label_noise / 2, noise.label, labels)
-        content = self.label_embedding(copies) * filled[..., None]
+        noisy = torch.where(noise.flip < self.config.label_noise / 2, noise.label, labels)
+        content = self.label_embedding(noisy) * filled[..., None]
         logits = inverse_sigmoid(self._moved(boxes, noise, far), self.logit_eps)
         is_object = filled & ~far[:, None]
+        trained = torch.ones_like(noise.flip)
+        if not self.config.contrastive:
+            trained = trained * filled
         return QueryGroup(
             name=DENOISING,
             content=content.flatten(1, 2),
@@ -110,7 +118,7 @@ class DenoisingQueries(nn.Module):
             targets=KnownTargets(
                 labels=torch.where(is_object, labels, self.num_classes).flatten(1, 2),
                 boxes=(xyxy_to_cxcywh(boxes) * is_object[..., None]).flatten(1, 2),
-                label_weights=torch.ones_like(noise.flip).flatten(1, 2),
+                label_weights=trained.flatten(1, 2),
             ),
             sees=(QUERY,),
             parts=groups,
@@ -118,9 +126,13 @@ class DenoisingQueries(nn.Module):
 
     def _moved(self, boxes: Tensor, noise: Noise, far: Tensor) -> Tensor:
         """Normalised cxcywh (B, R, M, 4) of the noisy copies of xyxy boxes (B, 1, M, 4)."""
-        half = xyxy_to_cxcywh(boxes)[..., 2:].repeat(1, 1, 1, 2) / 2
-        shift = (noise.shift + far[:, None, None]) * noise.sign
-        return xyxy_to_cxcywh((boxes + shift * half * self.config.box_noise).clamp(0, 1))
+        middle = xyxy_to_cxcywh(boxes)
+        sides = middle[..., 2:]
+        shift = (noise.shift + far[:, None, None]) * noise.sign * self.config.box_noise
+        if self.config.contrastive:
+            corners = boxes + shift * sides.repeat(1, 1, 1, 2) / 2
+            return xyxy_to_cxcywh(corners.clamp(0, 1))
+        return (middle + shift * torch.cat((sides / 2, sides), dim=-1)).clamp(0, 1)
 
 
 def _pad(rows: Tensor, length: int, axis: int = 0) -> Tensor:

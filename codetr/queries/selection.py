@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from codetr.config import DetectorConfig
 from codetr.structures import GroupPrediction, Memory, QueryGroup
+from codetr.transformer.attention import perceptron
 from codetr.transformer.decoder import box_branch, classification_branch
 from codetr.transformer.encoder import cell_centers
 from codetr.transformer.positions import encode_boxes
@@ -27,39 +28,74 @@ class Selection:
             (1, B, n, 4) normalised cxcywh, at every token or, where tokens are ranked by their best
             class, at the selected ones; None in one-stage detectors.
         tokens: (B, Q) which tokens became queries, best first; None in one-stage detectors.
+        ranking: (B, T) by which tokens are ranked; None in one-stage detectors.
+        box_logits: (B, T, 4) of the box at every token; None in one-stage detectors.
     """
 
     group: QueryGroup
     proposals: GroupPrediction | None = None
     tokens: Tensor | None = None
+    ranking: Tensor | None = None
+    box_logits: Tensor | None = None
 
 
-class LearnedQueries(nn.Module):
-    """One-stage queries: content, position and reference point are learned (Deformable DETR)."""
+class QueryEmbeddings(nn.Module):
+    """What is learned for each of ``count`` queries: position (or, with ``dynamic_anchors``, a box)
+    in one-stage detectors, and content unless it is selected or zero."""
+
+    def __init__(self, config: DetectorConfig, count: int) -> None:
+        super().__init__()
+        queries, channels = config.queries, config.transformer.embed_dim
+        self.count, self.channels = count, channels
+        one_stage, boxes = not queries.two_stage, queries.dynamic_anchors
+        has_content = queries.learned_content if one_stage else queries.mixed_selection
+        self.position = nn.Embedding(count, channels) if one_stage and not boxes else None
+        self.anchors = nn.Embedding(count, 4) if one_stage and boxes else None  # logits of cxcywh
+        self.content = nn.Embedding(count, channels) if has_content else None
+
+
+class LearnedQueries(QueryEmbeddings):
+    """One-stage queries: content, position and reference point are learned (Deformable DETR), or
+    content and box (DAB-DETR)."""
 
     def __init__(self, config: DetectorConfig) -> None:
-        super().__init__()
-        channels = config.transformer.embed_dim
-        self.position = nn.Embedding(config.queries.count, channels)
-        self.content = nn.Embedding(config.queries.count, channels)
-        self.reference_points = nn.Linear(channels, 2)
-        nn.init.xavier_uniform_(self.reference_points.weight)
-        nn.init.zeros_(self.reference_points.bias)
+        super().__init__(config, config.queries.count)
+        if config.queries.dynamic_anchors:
+            return
+        if config.transformer.attention == "conditional":
+            self.reference_points: nn.Module = perceptron(self.channels, self.channels, 2)
+        else:
+            self.reference_points = nn.Linear(self.channels, 2)
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Memory) -> Selection:
+        return Selection(self.group(QUERY, self, memory))
+
+    def group(self, name: str, learned: QueryEmbeddings, memory: Memory) -> QueryGroup:
+        """The queries of ``learned`` for each image of the memory."""
         batch = len(memory.tokens)
-        points = self.reference_points(self.position.weight).float().sigmoid()
-        # A width and height of one half have logit zero: the first layer's boxes are then what
-        # the box branch says alone.
-        reference = torch.cat((points, torch.full_like(points, 0.5)), dim=-1)
-        group = QueryGroup(
-            name=QUERY,
-            content=self.content.weight.expand(batch, -1, -1),
-            position=self.position.weight.expand(batch, -1, -1),
+        position = None
+        if learned.anchors is not None:
+            reference = learned.anchors.weight.float().sigmoid()
+        else:
+            assert learned.position is not None
+            points = self.reference_points(learned.position.weight).float().sigmoid()
+            # A width and height of one half have logit zero: the first layer's boxes are then what
+            # the box branch says alone.
+            reference = torch.cat((points, torch.full_like(points, 0.5)), dim=-1)
+            position = learned.position.weight.expand(batch, -1, -1)
+        if learned.content is not None:
+            content = learned.content.weight.expand(batch, -1, -1)
+        else:
+            content = memory.tokens.new_zeros(batch, learned.count, learned.channels)
+        return QueryGroup(
+            name=name,
+            content=content,
+            position=position,
             reference=reference.expand(batch, -1, -1),
-            points=True,
+            points=position is not None,
         )
-        return Selection(group)
 
 
 class TwoStageQueries(nn.Module):
@@ -87,30 +123,49 @@ class TwoStageQueries(nn.Module):
         logits, unactivated = self._propose(memory)
         count = min(self.config.count, logits.shape[1])
         objectness = self.config.rank_by == "objectness"
-        scores = logits[..., 0] if objectness else logits.amax(-1)
-        tokens = scores.topk(count, dim=1).indices
-        selected = unactivated.gather(1, tokens[..., None].expand(-1, -1, 4))
-        reference = selected.detach().sigmoid()
-        content, position = self._embed(reference, memory)
-        group = QueryGroup(QUERY, content=content, position=position, reference=reference)
+        ranking = logits[..., 0] if objectness else logits.amax(-1)
+        tokens = ranking.topk(count, dim=1).indices
+        learned = self.content.weight[:count] if self.config.mixed_selection else None
+        group = self.group(QUERY, tokens, unactivated, learned, memory)
         if objectness:
             proposals = GroupPrediction(logits[None], unactivated.sigmoid()[None])
         else:
-            of_selected = tokens[..., None].expand(-1, -1, logits.shape[-1])
-            logits = logits.gather(1, of_selected)
-            proposals = GroupPrediction(logits[None], selected.sigmoid()[None])
-        return Selection(group, proposals, tokens)
+            selected = _at(unactivated, tokens).sigmoid()
+            proposals = GroupPrediction(_at(logits, tokens)[None], selected[None])
+        return Selection(group, proposals, tokens, ranking, unactivated)
 
-    def _embed(self, boxes: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
-        """Content of the selected boxes (B, Q, 4), and position unless the decoder computes it."""
-        position = None
-        if not self.config.dynamic_anchors:
-            encoding = encode_boxes(boxes, self.project.out_features // 2)
-            embedded = self.position_norm(self.position(encoding.to(memory.tokens.dtype)))
-            position, content = embedded.chunk(2, dim=-1)
-        if self.config.mixed_selection:
-            batch, count, _ = boxes.shape
-            content = self.content.weight[:count].expand(batch, -1, -1)
+    def group(
+        self,
+        name: str,
+        tokens: Tensor,
+        box_logits: Tensor,
+        learned: Tensor | None,
+        memory: Memory,
+    ) -> QueryGroup:
+        """Queries that start from the boxes at ``tokens`` (B, Q).
+
+        Args:
+            name: of the group.
+            tokens: of each query.
+            box_logits: (B, T, 4) of the boxes at all tokens.
+            learned: (Q, C) contents; None: they are selected as well.
+            memory: of the encoder; only its type is read.
+        """
+        reference = _at(box_logits, tokens).detach().sigmoid()
+        content, position = self._embed(reference, memory)
+        if learned is not None:
+            content = learned.expand(len(tokens), -1, -1)
+        assert content is not None, "without content of their own, queries have that of their boxes"
+        return QueryGroup(name, content=content, position=position, reference=reference)
+
+    def _embed(self, boxes: Tensor, memory: Memory) -> tuple[Tensor | None, Tensor | None]:
+        """Content and position of the selected boxes (B, Q, 4), (B, Q, C) each; None and None where
+        the decoder computes positions."""
+        if self.config.dynamic_anchors:
+            return None, None
+        encoding = encode_boxes(boxes, self.project.out_features // 2)
+        embedded = self.position_norm(self.position(encoding.to(memory.tokens.dtype)))
+        position, content = embedded.chunk(2, dim=-1)
         return content, position
 
     def _propose(self, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -120,6 +175,11 @@ class TwoStageQueries(nn.Module):
         tokens = memory.tokens.masked_fill(proposals[..., :1].isinf(), 0.0)
         hidden = self.project_norm(self.project(tokens))
         return self.classify(hidden), self.regress(hidden).float() + proposals
+
+
+def _at(rows: Tensor, tokens: Tensor) -> Tensor:
+    """(B, Q, D): the ``rows`` (B, T, D) of ``tokens`` (B, Q)."""
+    return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 def token_proposals(memory: Memory) -> Tensor:

@@ -1,6 +1,7 @@
-"""Encoder and decoder of deformable DETRs."""
+"""Encoders and decoder: deformable on several maps, or dense on a single one."""
 
 from codetr.transformer.decoder import Decoder
+from codetr.transformer.dense import DenseEncoder
 from codetr.transformer.encoder import Encoder
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Decoder", "DenseEncoder", "Encoder"]

@@ -97,6 +97,15 @@ class DeformableAttention(nn.Module):
         return self.output_proj(attended)
 
 
-def feed_forward(channels: int, hidden: int) -> nn.Sequential:
-    """The transformer's two-layer perceptron."""
-    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+def feed_forward(channels: int, hidden: int, activation: str = "relu") -> nn.Sequential:
+    """The transformer's two-layer perceptron; ``activation`` is ``relu`` or ``prelu``."""
+    between = nn.ReLU() if activation == "relu" else nn.PReLU()
+    return nn.Sequential(nn.Linear(channels, hidden), between, nn.Linear(hidden, channels))
+
+
+def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two linear layers, Xavier-uniform, with a ReLU between them."""
+    first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight)
+    return nn.Sequential(first, nn.ReLU(), last)

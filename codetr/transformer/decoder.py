@@ -11,7 +11,13 @@ from codetr.boxes import inverse_sigmoid
 from codetr.config import QueryConfig, TransformerConfig
 from codetr.structures import GroupPrediction, Memory, QueryGroup
 from codetr.transfer import tensor_on
-from codetr.transformer.attention import DeformableAttention, SamplingFrame, feed_forward
+from codetr.transformer.attention import (
+    DeformableAttention,
+    SamplingFrame,
+    feed_forward,
+    perceptron,
+)
+from codetr.transformer.conditional import ConditionalDecoderLayer, SpatialQueries
 from codetr.transformer.positions import encode_boxes
 
 
@@ -27,7 +33,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = DeformableAttention(
             channels, config.attention_heads, config.levels, config.sampling_points
         )
-        self.ffn = feed_forward(channels, config.ffn_dim)
+        self.ffn = feed_forward(channels, config.ffn_dim, config.activation)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
     def forward(
@@ -50,26 +56,42 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Refines all query groups layer by layer (method.md 19-23)."""
+    """Refines all query groups layer by layer (method.md 19-23).
+
+    Layers differ in how they look at the memory: at sampling points around a box, or everywhere,
+    where the box says what to look for (``transformer.attention``).
+    """
 
     def __init__(self, config: TransformerConfig, queries: QueryConfig, num_classes: int) -> None:
         super().__init__()
         self.config, self.queries = config, queries
-        layers = config.decoder_layers
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(layers))
+        layers, channels = config.decoder_layers, config.embed_dim
+        self.conditional = config.attention == "conditional"
+        if self.conditional:
+            self.spatial = SpatialQueries(config, queries)
+        self.layers = nn.ModuleList(
+            ConditionalDecoderLayer(config, first=index == 0)
+            if self.conditional
+            else DecoderLayer(config)
+            for index in range(layers)
+        )
         # Without refinement one pair of branches serves all layers (Deformable DETR).
-        branches = layers if queries.box_refinement else 1
+        branches = layers if queries.box_refinement and not queries.shared_branches else 1
         self.classify = nn.ModuleList(
             classification_branch(config.embed_dim, num_classes) for _ in range(branches)
         )
-        # One-stage boxes start small: their reference knows no width and height.
-        first = 0.0 if queries.two_stage else -2.0
+        # Boxes around points start small in Deformable DETR: no width and height is known.
+        only_points = not (queries.two_stage or queries.dynamic_anchors or self.conditional)
+        first = -2.0 if only_points else 0.0
         self.regress = nn.ModuleList(
             box_branch(config.embed_dim, size_bias=first if index == 0 else 0.0)
             for index in range(branches)
         )
         if queries.dynamic_anchors:
-            self.anchor_position = anchor_perceptron(config.embed_dim)
+            self.anchor_position = perceptron(2 * channels, channels, channels)
+        self.scaled = config.scale_positions and not self.conditional and layers > 1
+        if self.scaled:
+            self.scale = perceptron(channels, channels, channels)
         # One norm for the states of all layers.
         self.norm = nn.LayerNorm(config.embed_dim) if queries.norm_states else nn.Identity()
 
@@ -84,12 +106,19 @@ class Decoder(nn.Module):
         logits, boxes, eps = [], [], self.queries.logit_eps
         visible_reference = reference  # what the next layer's boxes are gradients of
         for index, layer in enumerate(self.layers):
-            frame = SamplingFrame.of_boxes(reference, is_point, memory, self.config.sampling_points)
+            look: SamplingFrame | Tensor
+            if self.conditional:
+                look = self.spatial(content, reference, first=index == 0)
+            else:
+                points = self.config.sampling_points
+                look = SamplingFrame.of_boxes(reference, is_point, memory, points)
             if self.queries.dynamic_anchors:
                 position = self._anchor_positions(reference, memory)
+                if self.scaled and index > 0:
+                    position = position * self.scale(content)
             assert position is not None
-            content = layer(content, position, frame, memory, blocked)
-            branch = index if self.queries.box_refinement else 0
+            content = layer(content, position, look, memory, blocked)
+            branch = index if len(self.regress) > 1 else 0
             state = self.norm(content)
             delta = self.regress[branch](state).float()
             logits.append(self.classify[branch](state))
@@ -97,7 +126,8 @@ class Decoder(nn.Module):
             if self.queries.box_refinement:
                 if self.queries.norm_states:
                     delta = self.regress[branch](content).float()
-                reference = (delta + inverse_sigmoid(reference.detach(), eps)).sigmoid()
+                # Not detached: learned boxes get the gradient of the second layer as well.
+                reference = (delta + inverse_sigmoid(reference, eps)).sigmoid()
                 visible_reference = (
                     reference if self.queries.look_forward_twice else reference.detach()
                 )
@@ -116,9 +146,12 @@ class Decoder(nn.Module):
     def _anchor_positions(self, reference: Tensor, memory: Memory) -> Tensor:
         """(B, Q, C) from boxes (B, Q, 4) (DAB-DETR, section 4.3; method.md 18).
 
-        They are encoded in fractions of the finest padded map, in the order y, x, width, height.
+        They are encoded in the order y, x, width, height, in fractions of the finest padded map;
+        for conditional attention of the image, as the keys' positions.
         """
-        boxes = reference * memory.valid_ratios[:, :1].repeat(1, 1, 2)
+        boxes = reference
+        if not self.conditional:
+            boxes = boxes * memory.valid_ratios[:, :1].repeat(1, 1, 2)
         encoding = encode_boxes(boxes[..., [1, 0, 2, 3]], self.config.embed_dim // 2)
         return self.anchor_position(encoding.to(memory.tokens.dtype))
 
@@ -179,14 +212,6 @@ def classification_branch(channels: int, num_classes: int) -> nn.Linear:
     branch = nn.Linear(channels, num_classes)
     nn.init.constant_(branch.bias, -math.log(99))
     return branch
-
-
-def anchor_perceptron(channels: int) -> nn.Sequential:
-    """From the sine encoding of a box, (..., 2 * channels), to a position (..., channels)."""
-    first, last = nn.Linear(2 * channels, channels), nn.Linear(channels, channels)
-    for layer in (first, last):
-        nn.init.xavier_uniform_(layer.weight)
-    return nn.Sequential(first, nn.ReLU(), last)
 
 
 def box_branch(channels: int, size_bias: float = 0.0) -> nn.Sequential:

@@ -22,7 +22,7 @@ class EncoderLayer(nn.Module):
         self.attention = DeformableAttention(
             channels, config.attention_heads, config.levels, config.sampling_points
         )
-        self.ffn = feed_forward(channels, config.ffn_dim)
+        self.ffn = feed_forward(channels, config.ffn_dim, config.activation)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
 
     def forward(
@@ -50,7 +50,10 @@ class Encoder(nn.Module):
         Positions are added to queries only, never to values; tokens in the padding are updated
         like all others, but nobody reads them (method.md 8, 9).
         """
-        memory, position = self._lay_out(pyramid, batch)
+        memory, positions = lay_out(pyramid, batch, self.config)
+        position = torch.cat(
+            [level + own for level, own in zip(positions, self.level_embedding, strict=True)], dim=1
+        )
         frame = SamplingFrame.of_points(cell_centers(memory), memory)
         tokens = memory.tokens
         for layer in self.layers:
@@ -60,27 +63,30 @@ class Encoder(nn.Module):
                 tokens = layer(tokens, position, frame, memory)
         return Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
 
-    def _lay_out(self, pyramid: list[Tensor], batch: ImageBatch) -> tuple[Memory, Tensor]:
-        """Flatten the maps into tokens (B, T, C); also their positions (B, T, C)."""
-        encoding = self.config.position_encoding
-        full = batch.padding_mask()[:, None].float()
-        shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
-        # Nearest interpolation, as the original: a coarse level may have no padded cell at all.
-        masks = [functional.interpolate(full, size=shape)[:, 0].bool() for shape in shapes]
-        positions = [
-            encode_pixels(mask, self.config.embed_dim, encoding.temperature, encoding.offset)
-            .flatten(1, 2)
-            .to(pyramid[0].dtype)
-            + embedding
-            for mask, embedding in zip(masks, self.level_embedding, strict=True)
-        ]
-        memory = Memory(
-            tokens=torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], dim=1),
-            shapes=shapes,
-            padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            valid_ratios=torch.stack([_valid_ratio(mask) for mask in masks], dim=1),
-        )
-        return memory, torch.cat(positions, dim=1)
+
+def lay_out(
+    pyramid: list[Tensor], batch: ImageBatch, config: TransformerConfig
+) -> tuple[Memory, list[Tensor]]:
+    """Flatten the maps into tokens (B, T, C); also, level by level, the sine encoding (B, t, C) of
+    where its tokens are."""
+    encoding = config.position_encoding
+    full = batch.padding_mask()[:, None].float()
+    shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
+    # Nearest interpolation, as the original: a coarse level may have no padded cell at all.
+    masks = [functional.interpolate(full, size=shape)[:, 0].bool() for shape in shapes]
+    positions = [
+        encode_pixels(mask, config.embed_dim, encoding.temperature, encoding.offset)
+        .flatten(1, 2)
+        .to(pyramid[0].dtype)
+        for mask in masks
+    ]
+    memory = Memory(
+        tokens=torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], dim=1),
+        shapes=shapes,
+        padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+        valid_ratios=torch.stack([_valid_ratio(mask) for mask in masks], dim=1),
+    )
+    return memory, positions
 
 
 def _valid_ratio(mask: Tensor) -> Tensor:
