@@ -214,6 +214,7 @@ class _SweepRun:
 
     def _begin(self, entry: Entry) -> None:
         trial = self._trial(entry)
+        self.ended.discard(trial.id)  # Tune was killed before it had written down that it had
         self._write(note, trial, "running")
         self.view.progress(trial, Progress("starting"))
         self._tell.begin(trial)
@@ -243,7 +244,8 @@ class _SweepRun:
         failed = any(entry.state == "failed" for entry in entries)
         self.cluster.stop(keep_logs=failed)
         for entry in entries:
-            if entry.state == "open" and entry.trial in self.trials:
+            # Cut off, or ended after the last look at the searcher.
+            if entry.trial in self.trials:
                 self._end(entry)
         self.view.stage("writing tables and pictures")
         rows = ranked(self.sweep, entries)
