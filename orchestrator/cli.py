@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from orchestrator import control_cli, sweep_cli
+from orchestrator import analyze_cli, control_cli, sweep_cli
 from orchestrator.options import (
     DetachOption,
     GpusPerWorkerOption,
@@ -33,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make the embedded data set; check any.")
 app.add_typer(data_app, name="data")
 app.command()(sweep_cli.sweep)
+app.command()(analyze_cli.analyze)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(job_app, name="job")
 

@@ -12,7 +12,14 @@ from codetr.boxes import decode_deltas
 from codetr.config import AtssConfig, PositiveQueryConfig
 from codetr.distributed import normaliser
 from codetr.heads.anchors import Anchors, anchors_for
-from codetr.heads.dense import conv_tower, detect_dense, flatten_maps, init_convs, init_prior
+from codetr.heads.dense import (
+    conv_tower,
+    detect_dense,
+    flatten_maps,
+    init_convs,
+    init_prior,
+    sum_of_scores,
+)
 from codetr.heads.head import Head
 from codetr.losses import binary_cross_entropy, giou_loss, sigmoid_focal_loss
 from codetr.matching.atss import match_atss
@@ -164,6 +171,10 @@ class AtssHead(Head):
             iou=self.config.test_nms,
             keep=self.config.test_keep,
         )
+
+    def class_scores(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        prediction = self.predict(pyramid)
+        return sum_of_scores(prediction.logits.sigmoid(), prediction.anchors.valid(sizes))
 
 
 def centerness_targets(centres: Tensor, boxes: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ def flatten_maps(maps: Sequence[Tensor], values: int) -> Tensor:
     return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, values) for m in maps], dim=1)
 
 
+def sum_of_scores(scores: Tensor, valid: Tensor) -> Tensor:
+    """(B, classes) of (B, N, classes) ``scores``, over those of the N that are ``valid`` (B, N)."""
+    return (scores * valid[..., None]).sum(1)
+
+
 def top_per_level(scores: Tensor, counts: Sequence[int], most: int) -> Tensor:
     """Indices (B, K) of the ``most`` highest of (B, N) ``scores`` on each level of ``counts``."""
     indices, start = [], 0
