@@ -12,6 +12,7 @@ import typer
 
 from orchestrator import analyze_cli, control_cli, sweep_cli
 from orchestrator.options import (
+    AnalyzeOption,
     DetachOption,
     GpusPerWorkerOption,
     GraceOption,
@@ -141,6 +142,7 @@ def run(
     ] = "failed",
     storage: StorageOption = None,
     grace: GraceOption = 30.0,
+    analyze: AnalyzeOption = None,
     detach: DetachOption = False,
 ) -> None:
     """Run an experiment: train every arm with every seed, and compare.
@@ -166,6 +168,7 @@ def run(
         rerun=rerun,
         storage=storage,
         grace=grace,
+        analyze=analyze,
     )
     asked = load_experiment(experiment)
     if submits(options.address, detach=detach):

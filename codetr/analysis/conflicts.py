@@ -24,7 +24,7 @@ from codetr.analysis.frame import (
 )
 from codetr.analysis.grad_cam import branch_scores, grad_cams
 from codetr.analysis.maps import as_share
-from codetr.analysis.page import groups, image, means, ranking, table, write_page
+from codetr.analysis.page import groups, image, images_of, means, ranking, table, write_page
 from codetr.plotting import picture
 from codetr.queries.selection import QUERY
 
@@ -152,7 +152,7 @@ class Conflicts(Analysis):
             seen="The auxiliary heads' average distance is "
             f"{ranking(measurements, 'conflict', '.4f')}.",
             paper=_paper_sentence(paper),
-            measurements=measurements,
+            about=images_of(measurements),
             blocks=[
                 _distance_table(measurements, paper),
                 image(matrices, "KL divergence between the maps of each ordered pair of heads"),
@@ -163,11 +163,17 @@ class Conflicts(Analysis):
         return [page, matrices, maps]
 
 
+def paper_conflict(paper: Tables) -> dict[int, float]:
+    """The paper's average distance of the auxiliary heads, by K (figures 8 and 9)."""
+    return {
+        size - 1: float(head_distances(np.array(paper[name]["matrix"])).mean())
+        for size, name in FIGURES.items()
+        if name in paper
+    }
+
+
 def _paper_sentence(paper: Tables) -> str:
-    averages = {}
-    for size, name in FIGURES.items():
-        if name in paper:
-            averages[f"k{size - 1}"] = float(head_distances(np.array(paper[name]["matrix"])).mean())
+    averages = {f"k{k}": value for k, value in paper_conflict(paper).items()}
     return PAPER.format(**averages) if len(averages) == 2 else PAPER.partition(":")[0] + "."
 
 

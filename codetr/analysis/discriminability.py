@@ -21,7 +21,7 @@ from codetr.analysis.frame import (
     shrunk,
 )
 from codetr.analysis.maps import as_fraction, foreground, to_image, valid_maps
-from codetr.analysis.page import groups, image, ranking, table, write_page
+from codetr.analysis.page import groups, image, images_of, ranking, table, write_page
 from codetr.plotting import picture
 from codetr.structures import Memory, Size
 
@@ -105,7 +105,7 @@ class Discriminability(Analysis):
             seen="So many standard deviations is the mean score of objects above the background's: "
             f"{ranking(measurements, 'separation', '.2f')}.",
             paper=PAPER,
-            measurements=measurements,
+            about=images_of(measurements),
             blocks=[
                 table(
                     ["detector", *names],
@@ -113,10 +113,10 @@ class Discriminability(Analysis):
                 ),
                 image(drawn, "The images, and the score of each detector"),
                 "Score: norm of the encoder's features, each level divided by its maximum in the "
-                "image, averaged over levels (equation 7). Foreground is what a box covers. The encoder "
-                "ends in a layer norm, which makes norms alike but for its learned scales: compare "
-                "the separation, in standard deviations of an image's scores. Each map's colours "
-                "span its own range, which is written above it.",
+                "image, averaged over levels (equation 7). Foreground is what a box covers. The "
+                "encoder ends in a layer norm, which makes norms alike but for its learned scales: "
+                "compare the separation, in standard deviations of an image's scores. Each map's "
+                "colours span its own range, which is written above it.",
             ],
         )
         return [page, drawn]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ Tables = Mapping[str, Any]
 
 EXAMPLES = 4
 """So many images are shown at most."""
-EXAMPLE_SIDE = 480
+EXAMPLE_SIDE = 320
 """Longest side in pixels of an image that is kept to be shown."""
 
 
@@ -132,7 +133,7 @@ class Measurement:
             values = json.loads((folder / f"{analysis}.json").read_text())
             with np.load(folder / f"{analysis}.npz", allow_pickle=False) as stored:
                 return cls(analysis, **values, arrays=dict(stored))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, BadZipFile):
             return None
 
 

@@ -20,7 +20,7 @@ from codetr.analysis.frame import (
     Seen,
     Tables,
 )
-from codetr.analysis.page import image, table, write_page
+from codetr.analysis.page import image, images_of, table, write_page
 from codetr.checkpoint import Checkpoint, without_download
 from codetr.matching.stability import Instability as Change
 from codetr.matching.stability import Matches, MatchRecorder, instability
@@ -84,7 +84,9 @@ class Instability(Analysis):
             for query in queries
         ]
         matches = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        image_ids = [self.by_place[place][0] for place in sorted(self.by_place)]
         return {"matched": float((matches[:, 1] >= 0).mean())}, {
+            "images": np.array(image_ids, dtype=np.int64),
             "matches": matches,
             "training": np.array(_training(self.subject.checkpoint)),
         }
@@ -96,7 +98,7 @@ class Instability(Analysis):
         folder: Path,
         paper: Tables,  # noqa: ARG003
     ) -> list[Path]:
-        return report_courses(courses(measurements), measurements, folder)
+        return report_courses(courses(measurements), images_of(measurements), folder)
 
 
 def _training(checkpoint: Checkpoint) -> str:
@@ -126,16 +128,18 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
 
 
 def _matches(measurement: Measurement) -> Matches:
-    matches: Matches = {}
+    matches: Matches = {image_id: [] for image_id in measurement.arrays["images"].tolist()}
     for image_id, query in measurement.arrays["matches"].tolist():
-        matches.setdefault(image_id, []).append(query)
+        matches[image_id].append(query)
     return matches
 
 
-def report_courses(
-    found: Sequence[Course], measurements: Sequence[Measurement], folder: Path
-) -> list[Path]:
-    """The page and the picture of these trainings."""
+def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Path]:
+    """The page and the picture of these trainings.
+
+    Args:
+        about: on what they were looked at, in a sentence.
+    """
     drawn = _draw(found, folder)
     last = ", ".join(f"{list(c.changes.values())[-1].changed:.1%} ({c.label})" for c in found)
     rows = [
@@ -148,7 +152,7 @@ def report_courses(
         "Instability of one-to-one matching",
         seen=f"At the end so many objects are matched with another query than before: {last}.",
         paper=PAPER,
-        measurements=measurements,
+        about=about,
         blocks=[
             image(drawn, "Instability by epoch"),
             table(["training", "epoch", "objects changed", "queries changed per image"], rows),

@@ -15,7 +15,7 @@ from codetr.analysis.attention import CrossAttention, attention_maps
 from codetr.analysis.discriminability import discriminability
 from codetr.analysis.frame import Analysis, Arrays, Measurement, Numbers, Seen, Tables
 from codetr.analysis.maps import as_fraction, foreground
-from codetr.analysis.page import group_colours, groups, image, ranking, table, write_page
+from codetr.analysis.page import group_colours, groups, image, images_of, ranking, table, write_page
 from codetr.plotting import picture
 
 GRID = np.linspace(0, 1, 201)
@@ -130,7 +130,7 @@ class IofIob(Analysis):
             f"{ranking(measurements, 'encoder_area')}, and for the decoder's cross-attention, "
             f"{ranking(measurements, 'decoder_area')}.",
             paper=PAPER,
-            measurements=measurements,
+            about=images_of(measurements),
             blocks=[
                 table(
                     ["detector", "area, encoder", "area, decoder", "attention beyond the image"],
@@ -139,9 +139,10 @@ class IofIob(Analysis):
                 image(drawn, "IoF against IoB"),
                 "Each image's curve varies the threshold over all values of its map, from (0, 0), "
                 "where nothing is above it, to (1, 1), where everything is; shown is the mean over "
-                "the images at equal background share. The area under it is the chance that a pixel "
-                "of an object scores higher than one of the background: 0.5 knows nothing of "
-                "objects. Attention is that of all one-to-one queries, heads and layers together.",
+                "the images at equal background share. The area under it is the chance that a "
+                "pixel of an object scores higher than one of the background: 0.5 knows nothing of "
+                "objects, and below it they are darker than the rest. "
+                "Attention is that of all one-to-one queries, heads and layers together.",
             ],
         )
         return [page, drawn]

@@ -18,7 +18,7 @@ def write_page(
     *,
     seen: str,
     paper: str,
-    measurements: Sequence[Measurement],
+    about: str,
     blocks: Sequence[str],
 ) -> Path:
     """Write an analysis' page.
@@ -27,14 +27,18 @@ def write_page(
         title: its heading.
         seen: what is seen here, in a sentence.
         paper: what the paper saw, in a sentence.
-        measurements: what it is about.
+        about: on what it was seen.
         blocks: tables, pictures and paragraphs, in order.
     """
-    facts = measurements[0].facts
-    about = f"{facts['images']} images with {facts['objects']} objects for each detector."
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join([f"# {title}", f"{seen} {paper}", about, *blocks]) + "\n")
     return path
+
+
+def images_of(measurements: Sequence[Measurement]) -> str:
+    """On what the detectors were looked at, in a sentence."""
+    facts = measurements[0].facts
+    return f"{facts['images']} images with {facts['objects']} objects for each detector."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

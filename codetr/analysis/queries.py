@@ -21,7 +21,7 @@ from codetr.analysis.frame import (
     Tables,
     shown,
 )
-from codetr.analysis.page import group_colours, groups, image, means, table, write_page
+from codetr.analysis.page import group_colours, groups, image, images_of, means, table, write_page
 from codetr.boxes import extents, xyxy_to_cxcywh
 from codetr.heads.head import Head
 from codetr.matching.hungarian import Match, hungarian
@@ -133,7 +133,7 @@ class Queries(Analysis):
             "Where positive queries lie",
             seen=f"Each object is given so many positives: {seen}.",
             paper=PAPER.format(per_object=per_object),
-            measurements=measurements,
+            about=images_of(measurements),
             blocks=[
                 table(
                     [
