@@ -121,7 +121,10 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
     """A panel for each quantity."""
     arms = dict.fromkeys(point.arm for some in points.values() for point in some)
     colours = dict(zip(arms, cycle(COLOURS), strict=False))
-    with picture(path, 1, len(points), size=(3.7 * len(points), 3.5), font_size=9) as (_, panels):
+    with picture(path, 1, len(points), size=(3.7 * len(points), 3.5), font_size=9) as (
+        figure,
+        panels,
+    ):
         for axes, (quantity, some) in zip(panels[0], points.items(), strict=True):
             means = _means(some)
             of_k = {k: fmean(v for (_, at), v in means.items() if at == k) for _, k in means}
@@ -131,8 +134,12 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
                 axes.scatter([k] * len(values), values, s=26, color=colours[arm], zorder=3)
             axes.set(xlabel="auxiliary heads, K", title=quantity.title)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            if quantity.paper:
-                _draw_paper(axes, quantity.paper)
+            paper = {k: v for k, v in (quantity.paper or {}).items() if k in of_k}
+            if paper:
+                _draw_paper(axes, paper)
+        if len(arms) > len({point.k for some in points.values() for point in some}):
+            marks = [axes.scatter([], [], s=26, color=colours[arm], label=arm) for arm in arms]
+            figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
     return path
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from codetr.analysis.frame import (
     Analysis,
-    AnalysisError,
     Arrays,
     Measurement,
     Numbers,
@@ -23,14 +22,10 @@ from codetr.analysis.frame import (
     shrunk,
 )
 from codetr.analysis.grad_cam import branch_scores, grad_cams
-from codetr.analysis.maps import as_share
+from codetr.analysis.maps import as_fraction
 from codetr.analysis.page import groups, image, images_of, means, ranking, table, write_page
 from codetr.plotting import picture
 from codetr.queries.selection import QUERY
-
-SMOOTHING = 0.01
-"""Share of each map that is spread evenly over the image: Grad-CAM is zero in places, where the
-divergence from another map would be infinite."""
 
 FIGURES = {3: "figure8_conflict_k2", 7: "figure9_conflict_k6"}
 """The paper's matrices, by their size."""
@@ -42,20 +37,37 @@ PAPER = (
 )
 
 
+def as_distribution(map_: Tensor) -> Tensor:
+    """C of equation 9: a Grad-CAM (H, W) scaled to [0, 1], and its softmax over the pixels.
+
+    The paper says that maps are normalised, not how. This way every pixel has some weight, so that
+    the divergence is finite without a constant to choose, and of the paper's order of magnitude.
+    """
+    return as_fraction(map_.double()).flatten().softmax(0).view_as(map_)
+
+
 def divergence(first: Tensor, second: Tensor) -> float:
-    """KL(first || second) in nats of two maps (H, W) that sum to one, smoothed (equation 9)."""
-    p, q = ((1 - SMOOTHING) * map_.double() + SMOOTHING / map_.numel() for map_ in (first, second))
-    return float((p * (p / q).log()).sum())
+    """KL(first || second) in nats of two positive maps (H, W) that sum to one (equation 9)."""
+    return float((first * (first / second).log()).sum())
 
 
 def distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n,) average distance of each of n heads from the others, in both directions (equation 12).
 
     Args:
-        matrix: (n, n) divergence of the row's head from the column's.
+        matrix: (n, n) divergence of the row's head from the column's; NaN where a pair is
+            undefined, which then does not count.
     """
-    both = matrix + matrix.T
-    return (both.sum(1) - both.diagonal()) / (2 * (len(matrix) - 1))
+    both = (matrix + matrix.T) / 2
+    np.fill_diagonal(both, np.nan)
+    return mean_of_finite(both, axis=1)
+
+
+def mean_of_finite(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """The mean of what is no NaN; NaN where nothing else is."""
+    counts = np.isfinite(values).sum(axis)
+    sums = np.nansum(values, axis=axis)
+    return np.divide(sums, counts, out=np.full(np.shape(counts), np.nan), where=counts > 0)
 
 
 def head_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,7 +106,7 @@ class Conflicts(Analysis):
             if not len(targets):
                 self.without_objects += 1
                 continue
-            of_image = {name: as_share(maps[name][number]) for name in self.branches}
+            of_image = {name: as_fraction(maps[name][number]) for name in self.branches}
             self._compare(index, of_image)
             if index in self.examples:
                 self._keep(index, seen.batch.pixels[number], of_image)
@@ -104,8 +116,9 @@ class Conflicts(Analysis):
         is_zero = [not map_.any() for map_ in maps.values()]
         for name, zero in zip(maps, is_zero, strict=True):
             self.zero[name] += zero
-        for i, first in enumerate(maps.values()):
-            for j, second in enumerate(maps.values()):
+        shares = [as_distribution(map_) for map_ in maps.values()]
+        for i, first in enumerate(shares):
+            for j, second in enumerate(shares):
                 if not (is_zero[i] or is_zero[j]):
                     matrix[i, j] = 0.0 if i == j else divergence(first, second)
         self.matrices[index] = matrix
@@ -118,14 +131,7 @@ class Conflicts(Analysis):
     def finish(self) -> tuple[Numbers, Arrays]:
         by_image = np.stack([self.matrices[index] for index in sorted(self.matrices)])
         counts = np.isfinite(by_image).sum(0)
-        matrix = np.nansum(by_image, axis=0) / counts.clip(min=1)
-        if not counts.all():
-            diagonal = zip(self.branches, counts.diagonal(), strict=True)
-            blind = [name for name, count in diagonal if not count] or self.branches
-            raise AnalysisError(
-                f"{self.subject.checkpoint.source}: the maps of {' and '.join(blind)} are zero in "
-                "every image: was it trained?"
-            )
+        matrix = mean_of_finite(by_image, axis=0)
         numbers: Numbers = {
             f"kl/{a}/{b}": matrix[i, j]
             for i, a in enumerate(self.branches)
@@ -137,7 +143,7 @@ class Conflicts(Analysis):
             numbers[f"distance/{name}"] = distance
         for name, distance in zip(self.branches, distances(matrix), strict=True):
             numbers[f"from_all/{name}"] = distance
-        numbers["conflict"] = own.mean()
+        numbers["conflict"] = float(mean_of_finite(own, axis=0))
         numbers["images_without_objects"] = self.without_objects
         numbers |= {f"zero_maps/{name}": count for name, count in self.zero.items()}
         return numbers, {"matrix": matrix, "images": counts, **self.pictures}
@@ -196,7 +202,7 @@ def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
             [
                 name,
                 *(own.get(head) for head in heads),
-                float(np.mean([*own.values()])),
+                float(np.mean([*own.values()])) if own else None,
                 among_all.get(QUERY),
             ]
             for name, own, among_all in found
@@ -222,11 +228,10 @@ def _method(measurements: Sequence[Measurement]) -> str:
     ]
     return (
         "A head's map is the Grad-CAM, on the encoder's output, of the class scores that it gives "
-        "to the classes present, summed over its predictions, divided by its sum over the image. "
-        f"{SMOOTHING:.0%} of each map is spread evenly, or the divergence would be infinite where "
-        "the other map is zero; the paper does not say what it did there: compare differences, "
-        "not the scale. A row's distance is equation 12: both directions, from the other "
-        "auxiliary heads; a single head's is its distance from the query head.\n\n"
+        "to the classes present, summed over its predictions; scaled to [0, 1], then a softmax "
+        "over the pixels. The paper does not say how it normalised: compare differences more than "
+        "values. A row's distance is equation 12: both directions, from the other auxiliary heads; "
+        "a single head's is its distance from the query head.\n\n"
         f"Left out: {empty:.0f} images without objects, which have no class to explain; maps that "
         f"were zero everywhere, with their pairs: {', '.join(zero) or 'none'}."
     )
@@ -256,7 +261,7 @@ def _draw_matrices(measurements: Sequence[Measurement], folder: Path, paper: Tab
         for axes, (title, names, matrix) in zip(panels[0], shown_, strict=True):
             axes.imshow(matrix, cmap="viridis")
             for (row, column), value in np.ndenumerate(matrix):
-                dark = value < 0.6 * matrix.max()
+                dark = not value > 0.6 * np.nanmax(matrix)
                 axes.text(
                     column, row, f"{value:.4f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "black",

@@ -132,13 +132,13 @@ def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
     with picture(path, len(indices), columns, size=size, axes_grid=False) as (_, panels):
         for axes in panels.flat:
             axes.axis("off")
-        for row, index in zip(panels, indices, strict=True):
+        for number, (row, index) in enumerate(zip(panels, indices, strict=True)):
             row[0].imshow(first[f"image/{index}"])
             for axes, one in zip(row[1:], measurements, strict=True):
                 score = one.arrays[f"score/{index}"]
                 axes.imshow(score, cmap="inferno")
                 span = f"{score.min():.3f} to {score.max():.3f}"
-                title = f"{one.group}\n{span}" if row is panels[0] else span
+                title = span if number else f"{one.group}\n{span}"
                 axes.set_title(title, fontsize=8)
         panels[0, 0].set_title("image", fontsize=8)
     return path

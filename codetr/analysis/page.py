@@ -82,6 +82,5 @@ def means(measurements: Sequence[Measurement]) -> Numbers:
 def ranking(measurements: Sequence[Measurement], name: str, form: str = ".3f") -> str:
     """``0.612 (K=0), 0.701 (K=1)``: a number's mean in each group that has it."""
     found = {group: means(some) for group, some in groups(measurements).items()}
-    return ", ".join(
-        f"{numbers[name]:{form}} ({group})" for group, numbers in found.items() if name in numbers
-    )
+    known = {group: numbers[name] for group, numbers in found.items() if name in numbers}
+    return ", ".join(f"{value:{form}} ({group})" for group, value in known.items()) or "undefined"

@@ -220,7 +220,7 @@ def _draw_places(measurements: Sequence[Measurement], folder: Path) -> Path:
     size = (3.2 * len(indices), 3.9)
     with picture(path, 1, len(indices), size=size, axes_grid=False) as (figure, panels):
         for axes, index in zip(panels[0], indices, strict=True):
-            axes.imshow(chosen.arrays[f"image/{index}"], alpha=0.75)
+            axes.imshow(chosen.arrays[f"image/{index}"], alpha=0.85)
             for left, top, right, bottom in chosen.arrays[f"boxes/{index}"]:
                 axes.plot(
                     [left, right, right, left, left], [top, top, bottom, bottom, top],
@@ -230,7 +230,7 @@ def _draw_places(measurements: Sequence[Measurement], folder: Path) -> Path:
                 x, y = chosen.arrays[f"points/{index}/{name}"].T
                 is_query = name == QUERY
                 axes.scatter(
-                    x, y, s=30 if is_query else 7, color=colours[name], label=name,
+                    x, y, s=60 if is_query else 14, color=colours[name], label=name,
                     marker="*" if is_query else "o", linewidths=0, alpha=1 if is_query else 0.7,
                 )  # fmt: skip
             axes.axis("off")

@@ -13,8 +13,8 @@ from scipy.stats import entropy
 from tiny_training import tiny_detector
 
 from codetr.analysis.conflicts import (
-    SMOOTHING,
     Conflicts,
+    as_distribution,
     distances,
     divergence,
     head_distances,
@@ -26,12 +26,16 @@ from orchestrator.experiment import paper_tables
 MATRICES = st.integers(2, 6).flatmap(lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 5)))
 
 
+def test_maps_are_scaled_and_softmaxed() -> None:
+    found = as_distribution(torch.tensor([[0.0, 2.0], [4.0, 1.0]]))
+    odds = np.exp([[0.0, 0.5], [1.0, 0.25]])
+    np.testing.assert_allclose(found, odds / odds.sum())
+
+
 def test_divergence_is_scipys() -> None:
-    first, second = torch.rand(2, 7, 9, dtype=torch.double).unbind()
-    first[:3], second[2:] = 0, 0
-    first, second = first / first.sum(), second / second.sum()
-    smooth = [(1 - SMOOTHING) * map_.flatten().numpy() + SMOOTHING / 63 for map_ in (first, second)]
-    assert divergence(first, second) == pytest.approx(entropy(*smooth), abs=1e-9)
+    first, second = (as_distribution(map_) for map_ in torch.rand(2, 7, 9).unbind())
+    wanted = entropy(first.flatten().numpy(), second.flatten().numpy())
+    assert divergence(first, second) == pytest.approx(wanted, abs=1e-12)
     assert divergence(first, first) == 0
 
 
@@ -84,12 +88,19 @@ def test_images_without_objects_and_zero_maps_are_left_out_and_counted(tmp_path)
         measure(Conflicts, one, data, images=2)  # the first and the third
 
 
-def test_a_head_that_sees_nothing_is_named(tmp_path) -> None:
+def test_a_head_that_sees_nothing_has_no_distance(tmp_path) -> None:
     one = subject("atss")
     for parameter in one.model.heads[0].parameters():
         parameter.zero_()
-    with pytest.raises(AnalysisError, match="the maps of atss are zero in every image"):
-        measure(Conflicts, one, dataset(tmp_path, [(48, 64)]))
+    found = measure(Conflicts, one, dataset(tmp_path, [(48, 64)] * 2))
+    assert found.numbers == {
+        "images_without_objects": 0,
+        "zero_maps/query": 0,
+        "zero_maps/atss": 2,
+    }
+    assert found.arrays["images"].tolist() == [[2, 0], [0, 0]]
+    page, *_ = Conflicts.report([found], tmp_path, paper_tables())
+    assert "atss 2 (K=1" in page.read_text()
 
 
 def test_single_zero_maps(tmp_path) -> None:
@@ -97,13 +108,13 @@ def test_single_zero_maps(tmp_path) -> None:
     one = Subject.of(checkpoint_of(tiny_detector(*BOTH)), torch.device("cpu"))
     conflicts = Conflicts(one, frozenset())
     a, b, zero = torch.rand(4, 4), torch.rand(4, 4), torch.zeros(4, 4)
-    a, b = a / a.sum(), b / b.sum()
     conflicts._compare(1, {"query": a, "atss": b, "faster_rcnn": a})
     conflicts._compare(0, {"query": b, "atss": a, "faster_rcnn": zero})
     numbers, found = conflicts.finish()
     assert found["images"].tolist() == [[2, 2, 1], [2, 2, 1], [1, 1, 1]]
     assert numbers["zero_maps/faster_rcnn"] == 1
     assert numbers["zero_maps/query"] == 0
+    a, b = as_distribution(a), as_distribution(b)
     assert numbers["kl/query/atss"] == pytest.approx((divergence(a, b) + divergence(b, a)) / 2)
     assert numbers["kl/query/faster_rcnn"] == 0
     assert numbers["kl/faster_rcnn/atss"] == pytest.approx(divergence(a, b))
