@@ -38,7 +38,7 @@ def test_interrupted_while_analysing_and_gone_on_with(laboratory):
         assert f"]({name}.png)" in (pages / f"{name}.md").read_text() or name == "analysis"
     overview = (pages / "analysis.md").read_text()
     assert "](by_k.png)" in overview
-    assert re.search(r"\| K=2 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", overview)
+    assert re.search(r"\| K=2 \| 2 \| [\d.]+ \|( [^|]+ \|)? [\d.]+ \| [\d.]+ \|", overview)
 
     parents, children = laboratory.runs()
     files = {file.path for file in laboratory.client().list_artifacts(parents[0].info.run_id)}
@@ -47,8 +47,8 @@ def test_interrupted_while_analysing_and_gone_on_with(laboratory):
     for run in (k0, k2):
         assert 0 <= run.data.metrics["analysis/iof-iob/encoder_area"] <= 1
         assert 0 <= run.data.metrics["matching/changed"] <= 1
-    assert "analysis/conflicts/conflict" not in k0.data.metrics
-    assert k2.data.metrics["analysis/conflicts/conflict"] > 0
+    assert "analysis/conflicts/kl/query/atss" not in k0.data.metrics
+    assert k2.data.metrics["analysis/conflicts/kl/query/atss"] > 0
     assert k2.data.metrics["analysis/queries/positives_per_object/atss"] > 0
     artifacts = {file.path for file in laboratory.client().list_artifacts(k2.info.run_id)}
     assert {"conflicts.npz", "conflicts.json"} <= artifacts
@@ -57,5 +57,7 @@ def test_interrupted_while_analysing_and_gone_on_with(laboratory):
     lines = read_until(process, "MLflow: ")
     assert process.wait(PATIENCE) == 0
     assert not any("starting Ray" in line for line in lines)
-    history = laboratory.client().get_metric_history(k2.info.run_id, "analysis/conflicts/conflict")
+    history = laboratory.client().get_metric_history(
+        k2.info.run_id, "analysis/conflicts/kl/query/atss"
+    )
     assert [point.step for point in history] == [2]

@@ -1,8 +1,10 @@
 """Analyses at the end of a run, and ``codetr analyze``; Ray is a stand-in here."""
 
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -312,6 +314,13 @@ def test_command(analyze, tmp_path, name, given):
     assert all((tmp_path / "out" / path).exists() for path in written)
     numbers = json.loads((tmp_path / "out" / "1" / f"{name}.json").read_text())
     assert numbers["facts"]["images"] == 4
+
+
+def test_the_block_in_the_docs(checkpoints, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {"path": checkpoints["k1"]})
+    assert "kl/query/atss" in capsys.readouterr().out
 
 
 def test_list(command):
