@@ -24,11 +24,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from frame import RESULTS, ROOT, environment, write_result
+from frame import ROOT, Report, Sample, alternate, arguments, settings_of
 
 sys.path.insert(0, str(ROOT))
 
 LIBRARIES = ("ray", "mlflow", "torch")
+PEER = "torchrun"
+CASE = "K = 0, laptop profile"
 BATCH = 4
 WARM_UP = 10
 """Steps that count for the time to the first one alone."""
@@ -124,28 +126,27 @@ def under_torchrun(folder: Path) -> int:
 def main() -> int:
     options = parse_arguments()
     if options.inside:
-        inside = {"codetr": under_codetr, "torchrun": under_torchrun}[options.inside]
+        inside = {"codetr": under_codetr, PEER: under_torchrun}[options.inside]
         return inside(options.folder)
-    runs: dict[str, list[dict[str, Any]]] = {"codetr": [], "torchrun": []}
+    report = Report("What does codetr run cost a trial?", PEER, settings_of(options), LIBRARIES)
+    losses: dict[str, list[list[float]]] = {PEER: [], "codetr": []}
     with tempfile.TemporaryDirectory(prefix="orchestration-") as folder:
         prepare(Path(folder), options.steps)
-        for number in range(options.rounds):
-            for name, of_name in runs.items():
-                of_name.append(measure(name, Path(folder), number))
-                print(name, {k: v for k, v in of_name[-1].items() if k != "losses"}, flush=True)
-    report = {"settings": {"rounds": options.rounds, "steps": options.steps}, **compare(runs)}
-    report["environment"] = environment(LIBRARIES)
-    print(json.dumps(report, indent=1))
-    print(f"written to {write_result('orchestration', report, options.out)}")
+        turns = {
+            name: lambda n=name, o=of_name: measure(n, Path(folder), o)
+            for name, of_name in losses.items()
+        }
+        samples = alternate(turns, options.rounds, warm_up=0)
+    for ours, theirs in zip(losses["codetr"], losses[PEER], strict=True):
+        report.require_same(CASE, "losses", ours, theirs)
+    report.add(CASE, samples)
+    report.finish("orchestration", options.out)
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of each training")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--inside", choices=["codetr", "torchrun"], help=argparse.SUPPRESS)
+    parser = arguments(__doc__, rounds=3, steps=100)
+    parser.add_argument("--inside", choices=["codetr", PEER], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -157,11 +158,11 @@ def prepare(folder: Path, steps: int) -> None:
     (folder / "trial.json").write_text(the_plan(folder).trials[0].model_dump_json())
 
 
-def measure(name: str, folder: Path, number: int) -> dict[str, Any]:
+def measure(name: str, folder: Path, losses: list[list[float]]) -> Sample:
     """One training from the command to its end, in fresh processes and a fresh output."""
-    steps_file = folder / f"{name}-{number}.jsonl"
+    steps_file = folder / f"{name}-{len(losses)}.jsonl"
     script = (str(Path(__file__).resolve()), "--inside", name, "--folder", str(folder))
-    launcher = ("-m", "torch.distributed.run", "--standalone") if name == "torchrun" else ()
+    launcher = ("-m", "torch.distributed.run", "--standalone") if name == PEER else ()
     started = time.time()
     subprocess.run(
         [sys.executable, *launcher, *script],
@@ -170,30 +171,13 @@ def measure(name: str, folder: Path, number: int) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
     )
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    times, losses = zip(*map(json.loads, steps_file.read_text().splitlines()), strict=True)
+    times, of_run = zip(*map(json.loads, steps_file.read_text().splitlines()), strict=True)
+    losses.append([*of_run])
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return {
         "seconds_to_first_step": times[0] - started,
-        "steps_per_second": 1 / median(seconds[WARM_UP:]),
-        "losses": losses,
+        "steps_per_second": 1 / median(seconds[WARM_UP:] or seconds),
     }
-
-
-def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each, and their ratios.
-
-    Raises:
-        SystemExit: they did not compute the same.
-    """
-    if len({run["losses"] for of_name in runs.values() for run in of_name}) != 1:
-        raise SystemExit("the losses differ: what was measured cannot be compared")
-    keys = ("seconds_to_first_step", "steps_per_second")
-    medians = {
-        name: {key: round(median(run[key] for run in of_name), 3) for key in keys}
-        for name, of_name in runs.items()
-    }
-    ratios = {key: round(medians["codetr"][key] / medians["torchrun"][key], 3) for key in keys}
-    return {**medians, "codetr_to_torchrun": ratios}
 
 
 if __name__ == "__main__":

@@ -124,3 +124,14 @@ def decode_deltas(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1
     stretch = deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     half = anchors[..., 2:] * stretch.exp() * 0.5
     return torch.cat((centres - half, centres + half), -1)
+
+
+def decode_distances(points: Tensor, distances: Tensor) -> Tensor:
+    """xyxy boxes whose left, top, right and bottom are (..., 4) distances from (..., 2) points."""
+    before, after = distances.float().split(2, dim=-1)
+    return torch.cat((points - before, points + after), -1)
+
+
+def encode_distances(points: Tensor, boxes: Tensor) -> Tensor:
+    """The inverse of :func:`decode_distances`; negative where a point is outside its box."""
+    return torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1)

@@ -7,14 +7,11 @@ comment says otherwise; the laptop's sizes are other values of the same fields.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,62 +22,62 @@ from pydantic import (
     model_validator,
 )
 
-T = TypeVar("T", bound="Strict")
+from codetr.backbone_config import (
+    BACKBONE_NAMES,
+    BackboneConfig,
+    ResNetConfig,
+    SwinConfig,
+    VitConfig,
+)
+from codetr.head_config import (
+    HEAD_CONFIGS,
+    HEAD_TYPES,
+    AnyHeadConfig,
+    AtssConfig,
+    FasterRcnnConfig,
+    FcosConfig,
+    GflConfig,
+    HeadConfig,
+    MaskConfig,
+    MaskRcnnConfig,
+    OneStageConfig,
+    PaaConfig,
+    RcnnConfig,
+    RetinaNetConfig,
+    RpnConfig,
+)
+from codetr.strict import ConfigError, Strict, nearest
 
+# What is defined elsewhere and imported from here.
+__all__ = [
+    "HEAD_CONFIGS",
+    "HEAD_TYPES",
+    "AnyHeadConfig",
+    "AtssConfig",
+    "BackboneConfig",
+    "ConfigError",
+    "FasterRcnnConfig",
+    "FcosConfig",
+    "GflConfig",
+    "HeadConfig",
+    "MaskConfig",
+    "MaskRcnnConfig",
+    "OneStageConfig",
+    "PaaConfig",
+    "RcnnConfig",
+    "ResNetConfig",
+    "RetinaNetConfig",
+    "RpnConfig",
+    "Strict",
+    "SwinConfig",
+    "VitConfig",
+    "nearest",
+]
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its text names the key and what to do."""
-
-
-def nearest(word: str, valid: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``valid``, else the list of valid words."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(valid))}"
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest valid one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key '{key}'; {nearest(key, [*cls.model_fields])}")
-        return data
+T = TypeVar("T", bound=Strict)
 
 
 # ----------------------------------------------------------------------------------- the detector
-
-
-class BackboneConfig(Strict):
-    """A timm ResNet and how much of it is trained (method.md 1)."""
-
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"] = "resnet50"
-    stages: tuple[PositiveInt, ...] = (2, 3, 4)
-    """Residual stages whose outputs feed the neck; stage n has stride 2**(n + 1)."""
-    pretrained: bool | Path = True
-    """True: timm's weights from its hub; a path: a local state dict; False: random."""
-    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = 1
-    """-1 trains everything; 0 freezes the stem; n also freezes the first n stages."""
-    frozen_norm: bool = True
-    """Batch norm keeps its running statistics and its affine parameters are not trained."""
-    width: PositiveInt = 64
-    """Width of the stem and base width of the stages (64 in every published ResNet)."""
-
-    @field_validator("stages")
-    @classmethod
-    def _stages_in_order(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
-        if not stages or list(stages) != sorted(set(stages)) or stages[-1] > 4:
-            raise ValueError("stages must be increasing numbers of 1 to 4, for example [2, 3, 4]")
-        return stages
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(2 ** (stage + 1) for stage in self.stages)
 
 
 class PositionEncodingConfig(Strict):
@@ -130,12 +127,44 @@ class QueryConfig(Strict):
     """Each decoder layer refines the boxes of the one before."""
     look_forward_twice: bool = True
     """The gradient of a layer's boxes also reaches the layer before it (DINO, section 3.5)."""
+    rank_by: Literal["objectness", "best_class"] = "objectness"
+    """Which encoder tokens become queries. ``objectness``: by the logit of class 0, which the
+    encoder's loss trains as "any object" at all tokens (Deformable DETR). ``best_class``: by the
+    highest logit; the encoder's loss trains the chosen tokens with their own classes (DINO)."""
+    dynamic_anchors: bool = False
+    """Positions are computed anew at each layer, from the boxes as they are there (DAB-DETR, DINO);
+    False: each query keeps one position."""
+    norm_states: bool = False
+    """A layer's classes and boxes are read from its layer-normalised state, while the next layer
+    starts from boxes refined by the plain one (DINO; method.md 22)."""
+    logit_eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    """Odds of box coordinates are at least this before their logarithm is taken; DINO: 0.001."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.two_stage and not self.box_refinement:
             raise ValueError("two_stage needs box_refinement: set box_refinement=true")
+        if self.rank_by == "best_class" and not self.two_stage:
+            raise ValueError("rank_by=best_class ranks encoder tokens: set two_stage=true")
+        if self.dynamic_anchors and not self.two_stage:
+            raise ValueError("dynamic_anchors need boxes to start from: set two_stage=true")
+        if self.dynamic_anchors and not self.mixed_selection:
+            raise ValueError("dynamic_anchors need learned content: set mixed_selection=true")
         return self
+
+
+class DenoisingConfig(Strict):
+    """Contrastive denoising: noisy objects as further queries (DINO, section 3.3; method.md 24)."""
+
+    enabled: bool = False
+    queries: PositiveInt = 100
+    """Noisy copies of the objects, counted in pairs of a near and a far one: there are as many
+    groups as fit, and at least one, where each holds the image with most objects of the batch."""
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Half of it is the probability that a label is replaced by a random one."""
+    box_noise: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """A corner moves by less than this share of half the box, and by that much more in the far
+    copy, whose target is background."""
 
 
 class BoxLossConfig(Strict):
@@ -145,6 +174,18 @@ class BoxLossConfig(Strict):
     l1: NonNegativeFloat = 5.0
     giou: NonNegativeFloat = 2.0
 
+    def weights(self) -> dict[str, float]:
+        """Weight of each term by its name."""
+        return {term: getattr(self, term) for term in BoxLossConfig.model_fields}
+
+
+class QueryLossConfig(BoxLossConfig):
+    """The losses of the decoder's queries, and of the encoder's proposals (method.md 34)."""
+
+    classification: Literal["focal", "quality_focal"] = "focal"
+    """``quality_focal``: the target of the right class is the IoU of the predicted box (GFL,
+    equation 2); Co-DINO, where ``cls`` is 1."""
+
 
 class PositiveQueryConfig(Strict):
     """Customised positive queries (section 3.3, equation 4; method.md 47-56)."""
@@ -153,8 +194,10 @@ class PositiveQueryConfig(Strict):
     max: PositiveInt = 300
     """At most this many of one head's positives become queries, a random subset of them."""
     min: PositiveInt = 9
-    padding: Literal["negatives", "mask"] = "negatives"
-    """What brings an image with fewer positives to the batch's number of queries."""
+    padding: Literal["negatives", "mask", "zeros"] = "negatives"
+    """What brings an image with fewer positives to the batch's number of queries: random negatives;
+    queries that nobody sees; or, as the original Co-DINO can be set to, queries with empty boxes
+    that all others see. The last two have no loss of their own (method.md 49, 50)."""
     features: bool = True
     """Add the feature term of equation 4 to the content."""
     official_defects: bool = False
@@ -162,89 +205,27 @@ class PositiveQueryConfig(Strict):
     queries with all-zero boxes where ATSS rejected an anchor (method.md 49, 53)."""
 
 
-class AtssConfig(Strict):
-    """ATSS head (table 1): one-stage, centre-based adaptive assignment."""
+class SoftNmsConfig(Strict):
+    """Linear Soft-NMS on the decoder's detections, class by class (method.md 58)."""
 
-    type: Literal["atss"] = "atss"
-    convs: Annotated[int, Field(ge=0, le=5)] = 1
-    topk: PositiveInt = 9
-    anchor_scale: PositiveFloat = 8
-    """Side of the square anchor in strides."""
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 2.0
-    centerness_weight: NonNegativeFloat = 1.0
-    test_score: Annotated[float, Field(ge=0, le=1)] = 0.0
-    test_nms_pre: PositiveInt = 1000
-    test_nms: Annotated[float, Field(gt=0, le=1)] = 0.6
-    test_keep: PositiveInt = 100
-
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "cls": self.cls_weight,
-            "giou": self.giou_weight,
-            "centerness": self.centerness_weight,
-        }
-
-
-class RpnConfig(Strict):
-    """Region proposal network (method.md 40-42)."""
-
-    anchor_scales_per_octave: PositiveInt = 3
-    octave_base_scale: PositiveFloat = 4
-    ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
-    samples: PositiveInt = 256
-    positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    cls_weight: NonNegativeFloat = 1.0
-    l1_weight: NonNegativeFloat = 1.0
-    train_nms_pre: PositiveInt = 4000
-    test_nms_pre: PositiveInt = 1000
-    keep: PositiveInt = 1000
-    nms: Annotated[float, Field(gt=0, le=1)] = 0.7
-
-
-class RcnnConfig(Strict):
-    """Second stage of Faster R-CNN (method.md 43-45)."""
-
-    samples: PositiveInt = 512
-    positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
-    fc_dim: PositiveInt = 1024
-    finest_scale: PositiveFloat = 112
-    """RoIs whose side is below twice this many pixels read the finest level."""
-    roi_size: PositiveInt = 7
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 10.0
-    test_score: Annotated[float, Field(ge=0, le=1)] = 0.0
-    test_nms: Annotated[float, Field(gt=0, le=1)] = 0.5
-    test_keep: PositiveInt = 100
-
-
-class FasterRcnnConfig(Strict):
-    """Faster R-CNN head (table 1): RPN on all levels, RCNN on all but the extra one."""
-
-    type: Literal["faster_rcnn"] = "faster_rcnn"
-    rpn: RpnConfig = RpnConfig()
-    rcnn: RcnnConfig = RcnnConfig()
-
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "rpn_cls": self.rpn.cls_weight,
-            "rpn_l1": self.rpn.l1_weight,
-            "rcnn_cls": self.rcnn.cls_weight,
-            "rcnn_giou": self.rcnn.giou_weight,
-        }
-
-
-HeadConfig = Annotated[AtssConfig | FasterRcnnConfig, Field(discriminator="type")]
-HEAD_TYPES = ("atss", "faster_rcnn")
+    enabled: bool = False
+    """It chooses among the ``queries.count`` best pairs of query and class. Without it the best
+    pairs are the detections."""
+    iou: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """From this overlap on with a better box, a score is multiplied by 1 - IoU."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Detections whose score falls below it are dropped."""
 
 
 class DetectorConfig(Strict):
     """A Co-DETR detector; an empty list of heads is its DETR baseline (K = 0)."""
 
     num_classes: PositiveInt = 80
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: BackboneConfig = ResNetConfig()
+    """A name and its family's settings; ``resnet50`` where no name is given."""
     transformer: TransformerConfig = TransformerConfig()
     queries: QueryConfig = QueryConfig()
+    denoising: DenoisingConfig = DenoisingConfig()
     heads: tuple[HeadConfig, ...] = ()
     """Auxiliary heads in order; ``heads: [atss, faster_rcnn]`` takes their defaults."""
     positive_queries: PositiveQueryConfig = PositiveQueryConfig()
@@ -252,9 +233,22 @@ class DetectorConfig(Strict):
     """Weight of the losses of the positive queries (equation 6)."""
     lambda_2: NonNegativeFloat = 2.0
     """Weight of the auxiliary heads' losses (equation 6)."""
-    query_loss: BoxLossConfig = BoxLossConfig()
+    query_loss: QueryLossConfig = QueryLossConfig()
     matching_cost: BoxLossConfig = BoxLossConfig()
     max_detections: PositiveInt = 100
+    soft_nms: SoftNmsConfig = SoftNmsConfig()
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _backbone_by_name(cls, backbone: Any) -> Any:
+        if isinstance(backbone, str):
+            backbone = {"name": backbone}
+        if not isinstance(backbone, dict):
+            return backbone
+        name = str(backbone.get("name", "resnet50"))
+        if name not in BACKBONE_NAMES:
+            raise ValueError(f"unknown backbone.name '{name}'; {nearest(name, [*BACKBONE_NAMES])}")
+        return {"name": name, **backbone}
 
     @field_validator("heads", mode="before")
     @classmethod
@@ -270,10 +264,15 @@ class DetectorConfig(Strict):
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
-        if self.transformer.levels < len(self.backbone.stages):
+        self.backbone.level_strides(self.transformer.levels)
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_has_positions(self) -> Self:
+        if self.denoising.enabled and not self.queries.dynamic_anchors:
             raise ValueError(
-                f"transformer.levels={self.transformer.levels} is fewer than the "
-                f"{len(self.backbone.stages)} backbone.stages: every stage is a level"
+                "denoising queries have no position but that of their boxes: set "
+                "queries.dynamic_anchors=true, or denoising.enabled=false"
             )
         return self
 
@@ -281,6 +280,11 @@ class DetectorConfig(Strict):
     def k(self) -> int:
         """Number of auxiliary heads, the paper's K."""
         return len(self.heads)
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a head is trained on the objects' masks."""
+        return any(isinstance(head, MaskRcnnConfig) for head in self.heads)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -292,10 +296,7 @@ class DetectorConfig(Strict):
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides in pixels of the encoder's levels."""
-        strides = list(self.backbone.strides)
-        while len(strides) < self.transformer.levels:
-            strides.append(strides[-1] * 2)
-        return tuple(strides)
+        return self.backbone.level_strides(self.transformer.levels)
 
     @property
     def head_strides(self) -> tuple[int, ...]:
@@ -305,13 +306,15 @@ class DetectorConfig(Strict):
     def loss_weights(self) -> dict[str, float]:
         """Effective weight of every loss term in the total (equation 6).
 
-        Names: ``query/LAYER/TERM``, ``encoder/TERM``, ``positive/HEAD/LAYER/TERM`` and
-        ``HEAD/TERM``. The heads' losses stand inside equation 6's sum over the L decoder layers,
-        so each carries the factor L * lambda_2.
+        Names: ``query/LAYER/TERM``, ``denoising/LAYER/TERM``, ``encoder/TERM``,
+        ``positive/HEAD/LAYER/TERM`` and ``HEAD/TERM``. The heads' losses stand inside equation
+        6's sum over the L decoder layers, so each carries the factor L * lambda_2.
         """
         layers = self.transformer.decoder_layers
-        terms = self.query_loss.model_dump()
+        terms = self.query_loss.weights()
         weights = {f"query/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
+        if self.denoising.enabled:
+            weights |= {f"denoising/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
         if self.queries.two_stage:
             weights |= {f"encoder/{t}": w for t, w in terms.items()}
         for name, head in zip(self.head_names, self.heads, strict=True):
@@ -339,6 +342,12 @@ class TrainingConfig(Strict):
     learning_rate: PositiveFloat = 2e-4
     weight_decay: NonNegativeFloat = 1e-4
     backbone_multiplier: NonNegativeFloat = 0.1
+    """Learning rate of the backbone, as a multiple."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block of a ViT learns at this multiple of the rate of the block after it; the record
+    model: 0.8 with multipliers of 1."""
+    decay_norms: bool = True
+    """Weight decay of biases and norms, too; the record model: False."""
     offsets_multiplier: NonNegativeFloat = 0.1
     """Learning rate of sampling offsets and reference points, as a multiple."""
     clip_norm: PositiveFloat = 0.1
@@ -356,6 +365,14 @@ class TrainingConfig(Strict):
     forward passes, the same gradients. At most the worker's images, if given more."""
     loader_workers: NonNegativeInt = 0
     """Processes that load images, for each training worker."""
+
+    def require_fitting(self, detector: DetectorConfig) -> None:
+        """Raise a ConfigError if the detector cannot be trained so."""
+        if self.layer_decay < 1 and not isinstance(detector.backbone, VitConfig):
+            raise ConfigError(
+                f"training.layer_decay={self.layer_decay:g} lowers the rates of a ViT's blocks, "
+                f"and '{detector.backbone.name}' is none: set training.layer_decay=1"
+            )
 
 
 class DataConfig(Strict):
@@ -389,10 +406,11 @@ class DataConfig(Strict):
 
 def error_text(error: ValidationError) -> str:
     """One line for each problem of a pydantic error: ``transformer.levels: …``."""
+    tags = {*HEAD_TYPES, *BACKBONE_NAMES}
     lines = []
     for problem in error.errors():
         # Discriminated unions put the tag into the location; it is no key of the user's file.
-        where = ".".join(str(part) for part in problem["loc"] if part not in HEAD_TYPES)
+        where = ".".join(str(part) for part in problem["loc"] if part not in tags)
         what = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{where}: {what}" if where else what)
     return "; ".join(dict.fromkeys(lines))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from codetr.boxes import cxcywh_to_xyxy, extents, generalised_iou, xyxy_to_cxcywh
-from codetr.config import BoxLossConfig
+from codetr.boxes import cxcywh_to_xyxy, extents, generalised_iou, iou, xyxy_to_cxcywh
+from codetr.config import BoxLossConfig, DetectorConfig
 from codetr.distributed import normaliser
-from codetr.losses import sigmoid_focal_loss
+from codetr.losses import quality_focal_loss, sigmoid_focal_loss
 from codetr.matching.hungarian import Match, hungarian_layers
 from codetr.structures import GroupPrediction, KnownTargets, QueryGroup, Size, Targets
 
@@ -22,7 +23,7 @@ def group_losses(
     prediction: GroupPrediction,
     targets: Sequence[Targets],
     sizes: Sequence[Size],
-    cost: BoxLossConfig,
+    config: DetectorConfig,
 ) -> Losses:
     """Losses ``GROUP/LAYER/TERM`` of one group on every decoder layer.
 
@@ -31,8 +32,8 @@ def group_losses(
     if group.targets is not None:
         layer_targets = [group.targets] * len(prediction.logits)
     else:
-        layer_targets = match(prediction, targets, sizes, cost)
-    terms = box_losses(prediction, layer_targets, sizes)
+        layer_targets = match(prediction, targets, sizes, config.matching_cost)
+    terms = box_losses(prediction, layer_targets, sizes, config, parts=group.parts)
     return {
         f"{group.name}/{layer}/{term}": values[layer]
         for term, values in terms.items()
@@ -44,16 +45,17 @@ def encoder_losses(
     proposals: GroupPrediction,
     targets: Sequence[Targets],
     sizes: Sequence[Size],
-    cost: BoxLossConfig,
+    config: DetectorConfig,
 ) -> Losses:
-    """Losses ``encoder/TERM`` of the proposals at all tokens.
+    """Losses ``encoder/TERM`` of the encoder's own proposals.
 
-    Every object counts as class 0: the encoder learns where objects are, not which (method.md 35).
+    Where tokens are ranked by objectness, every object counts as class 0: the encoder learns where
+    objects are, not which (method.md 35).
     """
-    objects = [
-        Targets(t.boxes, torch.zeros_like(t.labels), t.image_id, t.original_size) for t in targets
-    ]
-    terms = box_losses(proposals, match(proposals, objects, sizes, cost), sizes)
+    if config.queries.rank_by == "objectness":
+        targets = [replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
+    matched = match(proposals, targets, sizes, config.matching_cost)
+    terms = box_losses(proposals, matched, sizes, config)
     return {f"encoder/{term}": values[0] for term, values in terms.items()}
 
 
@@ -89,13 +91,25 @@ def _targets_of(
 
 
 def box_losses(
-    prediction: GroupPrediction, targets: Sequence[KnownTargets], sizes: Sequence[Size]
+    prediction: GroupPrediction,
+    targets: Sequence[KnownTargets],
+    sizes: Sequence[Size],
+    config: DetectorConfig,
+    *,
+    parts: int = 1,
 ) -> dict[str, Tensor]:
-    """Focal, L1 and GIoU losses of all layers, (L,) each (method.md 33, 34).
+    """Classification, L1 and GIoU losses of all layers, (L,) each (method.md 33, 34).
 
     Each is divided by the number of positives of its layer over the whole batch of all ranks. L1
     is measured on normalised cxcywh, GIoU on pixels. Without a positive the box losses are zeros
     that still depend on the boxes, so that every parameter keeps a gradient.
+
+    Args:
+        prediction: of one group.
+        targets: of each layer.
+        sizes: valid (height, width) of each image in pixels.
+        config: of the detector; its kind of classification loss is read.
+        parts: of the group.
     """
     num_classes = prediction.logits.shape[-1]
     boxes = prediction.boxes.float()
@@ -103,19 +117,25 @@ def box_losses(
     wanted = torch.stack([t.boxes for t in targets])
     label_weights = torch.stack([t.label_weights for t in targets])
     is_object = (labels < num_classes) & (label_weights > 0)
-    positives = normaliser(is_object.flatten(1).sum(1))
+    # How many parts a group has depends on the whole batch; the positives of one part depend on the
+    # images alone, and may be counted before the batch is known (see PartCounts).
+    positives = normaliser(is_object.flatten(1).sum(1) / parts) * parts
 
-    cls = torch.stack(
-        [
-            sigmoid_focal_loss(logits.flatten(0, 1), label.flatten(), weight.flatten())
-            for logits, label, weight in zip(prediction.logits, labels, label_weights, strict=True)
+    corners, wanted_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)
+    rows = [prediction.logits.flatten(1, 2), labels.flatten(1), label_weights.flatten(1)]
+    if config.query_loss.classification == "quality_focal":
+        quality = iou(corners.detach(), wanted_corners).flatten(1)
+        cls = [
+            quality_focal_loss(logits, label, layer_quality, weight)
+            for logits, label, weight, layer_quality in zip(*rows, quality, strict=True)
         ]
-    )
+    else:
+        cls = [sigmoid_focal_loss(*layer) for layer in zip(*rows, strict=True)]
     scale = extents(sizes, boxes)[:, None]
     l1 = (boxes - wanted).abs().sum(-1)
-    giou = 1 - generalised_iou(cxcywh_to_xyxy(boxes) * scale, cxcywh_to_xyxy(wanted) * scale)
+    giou = 1 - generalised_iou(corners * scale, wanted_corners * scale)
     return {
-        "cls": cls / positives,
+        "cls": torch.stack(cls) / positives,
         "l1": (l1 * is_object).flatten(1).sum(1) / positives,
         "giou": (giou * is_object).flatten(1).sum(1) / positives,
     }

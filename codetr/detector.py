@@ -8,15 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from codetr.backbones import Backbone, ChannelMapper, MultiScaleAdapter
+from codetr.backbones import MultiScaleAdapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
 from codetr.heads import build_head
 from codetr.heads.head import Head
-from codetr.queries import LearnedQueries, PositiveQueries, TwoStageQueries
+from codetr.queries import DenoisingQueries, LearnedQueries, PositiveQueries, TwoStageQueries
 from codetr.queries.selection import QUERY
 from codetr.sampling import forked_rng
+from codetr.soft_nms import soft_nms
 from codetr.structures import (
     Detections,
     GroupPrediction,
@@ -41,8 +42,8 @@ class CoDETR(nn.Module):
         super().__init__()
         self.config = config
         transformer, channels = config.transformer, config.transformer.embed_dim
-        self.backbone = Backbone(config.backbone)
-        self.neck = ChannelMapper(self.backbone.channels, transformer)
+        self.backbone = build_backbone(config.backbone)
+        self.neck = build_neck(self.backbone.channels, config)
         self.encoder = Encoder(transformer)
         self.decoder = Decoder(transformer, config.queries, config.num_classes)
         self.queries = (TwoStageQueries if config.queries.two_stage else LearnedQueries)(config)
@@ -50,6 +51,11 @@ class CoDETR(nn.Module):
 
         # What training adds. Each part draws its initial weights from a stream of its own, so
         # that arms of an ablation start from the same detector.
+        if config.denoising.enabled:
+            with forked_rng("denoising"):
+                self.denoising = DenoisingQueries(
+                    config.denoising, channels, config.num_classes, config.queries.logit_eps
+                )
         if config.heads:
             with forked_rng("adapter"):
                 self.adapter = MultiScaleAdapter(transformer)
@@ -69,7 +75,12 @@ class CoDETR(nn.Module):
         for name in config.head_names if config.positive_queries.enabled else ():
             with forked_rng(f"positive/{name}"):
                 self.positive_queries.append(
-                    PositiveQueries(config.positive_queries, channels, config.num_classes)
+                    PositiveQueries(
+                        config.positive_queries,
+                        channels,
+                        config.num_classes,
+                        dynamic_anchors=config.queries.dynamic_anchors,
+                    )
                 )
 
     def forward(
@@ -93,6 +104,8 @@ class CoDETR(nn.Module):
         pyramid = self.memory_pyramid(memory) if self.heads else []
         selection = self.queries(memory)
         groups = [selection.group]
+        if self.config.denoising.enabled:
+            groups.append(self.denoising(batch.sizes, targets))
         losses: dict[str, Tensor] = {}
         for index, (name, head) in enumerate(zip(self.config.head_names, self.heads, strict=True)):
             output = head(pyramid, batch.sizes, targets)
@@ -101,12 +114,12 @@ class CoDETR(nn.Module):
                 make_group = self.positive_queries[index]
                 groups.append(make_group(name, output.positives, batch.sizes, targets))
 
-        cost = self.config.matching_cost
         predictions = self.decoder(groups, memory)
         for group in groups:
-            losses |= group_losses(group, predictions[group.name], targets, batch.sizes, cost)
+            prediction = predictions[group.name]
+            losses |= group_losses(group, prediction, targets, batch.sizes, self.config)
         if selection.proposals is not None:
-            losses |= encoder_losses(selection.proposals, targets, batch.sizes, cost)
+            losses |= encoder_losses(selection.proposals, targets, batch.sizes, self.config)
 
         weights = self.config.loss_weights()
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
@@ -114,6 +127,7 @@ class CoDETR(nn.Module):
 
     def encode(self, batch: ImageBatch) -> Memory:
         """Backbone, neck and encoder."""
+        batch = batch.padded(self.backbone.divisor)
         return self.encoder(self.neck(self.backbone(batch.pixels)), batch)
 
     def memory_pyramid(self, memory: Memory) -> list[Tensor]:
@@ -140,7 +154,14 @@ class CoDETR(nn.Module):
             head = cast(Head, self.heads[self.config.head_names.index(branch)])
             return head.detect(self.memory_pyramid(memory), batch.sizes)
         prediction = self.decoder([self.queries(memory).group], memory)[QUERY]
-        return best_pairs(prediction, batch.sizes, self.config.max_detections)
+        count, suppression = self.config.max_detections, self.config.soft_nms
+        if not suppression.enabled:
+            return best_pairs(prediction, batch.sizes, count)
+        pairs = best_pairs(prediction, batch.sizes, self.config.queries.count)
+        return [
+            soft_nms(found, iou=suppression.iou, min_score=suppression.min_score, keep=count)
+            for found in pairs
+        ]
 
     def inference_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that inference uses: all but those that training adds."""

@@ -38,8 +38,10 @@ def world_max(value: int, device: torch.device | str = "cpu") -> int:
     return value if world_size() == 1 else int(_over_ranks(value, device, torch.maximum))
 
 
-def normaliser(count: Tensor | float, device: torch.device | str | None = None) -> Tensor:
-    """What a rank divides its summed loss by: ``max(world's count, 1) / world size``.
+def normaliser(
+    count: Tensor | float, device: torch.device | str | None = None, least: Tensor | float = 1
+) -> Tensor:
+    """What a rank divides its summed loss by: ``max(world's count, least) / world size``.
 
     DDP averages gradients over the ranks. Divided by this, the average is the gradient of the
     summed loss over the world's count: what one process computes on the whole batch, also where a
@@ -49,11 +51,13 @@ def normaliser(count: Tensor | float, device: torch.device | str | None = None) 
         count: this rank's count of what the loss is a mean over; a tensor of several counts is
             treated elementwise, with a single communication.
         device: where the result lives; default: that of ``count``.
+        least: a floor, against division by zero where nothing is counted; like ``count``, it may
+            be several.
     """
     count = torch.as_tensor(count, dtype=torch.float32, device=device)
     counts = _part_counts.get()
     total = world_sum(count) if counts is None else counts.count(count, torch.add)
-    return total.clamp(min=1) / world_size()
+    return total.clamp(min=least) / world_size()
 
 
 Combine = Callable[[Tensor, Tensor], Tensor]

@@ -43,6 +43,29 @@ def sigmoid_focal_loss(
     return _weighted_sum(loss.sum(1), weights)
 
 
+def quality_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    quality: Tensor,
+    weights: Tensor | None = None,
+    *,
+    beta: float = 2.0,
+) -> Tensor:
+    """Focal loss whose positive target is a quality instead of 1 (GFL, equation 2).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64; C means background.
+        quality: (N,) in [0, 1], the target of the label's own logit; not read for background.
+        weights: (N,) weight of each row; None for 1.
+    """
+    logits = logits.float()
+    targets = one_hot(labels, logits.shape[1]) * quality[:, None]
+    loss = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    loss = loss * (targets - logits.sigmoid()).abs() ** beta
+    return _weighted_sum(loss.sum(1), weights)
+
+
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of (N,) logits with (N,) targets in [0, 1]."""
     return functional.binary_cross_entropy_with_logits(
@@ -63,3 +86,21 @@ def l1_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None)
 def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - GIoU of each of (N, 4) xyxy boxes with its own target (method.md 33)."""
     return _weighted_sum(1 - generalised_iou(boxes.float(), targets.float()), weights)
+
+
+def distribution_focal_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy with the two whole numbers around each target, by nearness (GFL, equation 6).
+
+    Args:
+        logits: (N, bins + 1) of the distribution over 0, 1, ..., bins.
+        targets: (N,) in [0, bins).
+        weights: (N,) weight of each row; None for 1.
+    """
+    low = targets.long()
+    above = targets - low
+    likelihood = logits.float().log_softmax(-1)
+    pairs = torch.stack((low, low + 1), -1)
+    nearness = torch.stack((1 - above, above), -1)
+    return _weighted_sum(-(likelihood.gather(1, pairs) * nearness).sum(1), weights)

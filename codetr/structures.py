@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from codetr.transfer import tensor_on
 
@@ -55,6 +56,14 @@ class ImageBatch(_Moves):
         columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return rows | columns
 
+    def padded(self, divisor: int) -> ImageBatch:
+        """The same images, padded to multiples of so many pixels."""
+        height, width = self.pixels.shape[-2:]
+        if height % divisor == 0 and width % divisor == 0:
+            return self
+        pixels = functional.pad(self.pixels, (0, -width % divisor, 0, -height % divisor))
+        return ImageBatch(pixels, self.sizes)
+
 
 @dataclass
 class Targets(_Moves):
@@ -68,6 +77,7 @@ class Targets(_Moves):
         seed: seeds the random draws that training makes for this image (which anchors are sampled,
             which positives become queries), so that they do not depend on the other images of the
             batch or on how many workers share it. None: draw from torch's global generator.
+        masks: (n, h, w) bool on the image's own valid pixels; None where no head needs them.
     """
 
     boxes: Tensor
@@ -75,6 +85,7 @@ class Targets(_Moves):
     image_id: int = 0
     original_size: Size = (0, 0)
     seed: int | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,11 +148,13 @@ class Positives:
 
     Attributes:
         boxes: (N, 4) every candidate, xyxy in pixels.
-        features: (N, C) the memory as the head read it at each candidate; gradients flow.
+        features: (N / per_feature, C) the memory as the head read it at the candidates, of which
+            so many in a row share one; gradients flow.
         positive: (P,) indices of the positive candidates.
         negative: (M,) indices of the negative ones.
         labels: (P,) class of the object that each positive is assigned to.
         targets: (P, 4) that object's box, xyxy in pixels.
+        per_feature: the number of anchors on each cell.
     """
 
     boxes: Tensor
@@ -150,6 +163,7 @@ class Positives:
     negative: Tensor
     labels: Tensor
     targets: Tensor
+    per_feature: int = 1
 
 
 @dataclass
@@ -185,24 +199,28 @@ class QueryGroup:
     """Queries that enter the decoder together and see one another.
 
     Attributes:
-        name: ``query`` for the one-to-one queries, ``positive/HEAD`` for a head's positives.
+        name: ``query`` for the one-to-one queries, ``denoising`` for noisy objects,
+            ``positive/HEAD`` for a head's positives.
         content: (B, Q, C).
-        position: (B, Q, C) added to queries and keys of the attention.
+        position: (B, Q, C) added to queries and keys of the attention; None where the decoder
+            computes it at each layer from the boxes (``queries.dynamic_anchors``).
         reference: (B, Q, 4) starting boxes, normalised cxcywh.
         points: the starting references are points only: width and height are not yet known, so
             offsets are in cells of the maps, not in fractions of the box (method.md 11).
         targets: known targets, or None where the criterion finds them by Hungarian matching.
         sees: names of other groups whose queries these may attend to.
+        parts: so many equal parts, laid end to end, do not see one another.
         valid: (B, Q) bool, False where a query is mere padding that none may attend to; None: all.
     """
 
     name: str
     content: Tensor
-    position: Tensor
+    position: Tensor | None
     reference: Tensor
     points: bool = False
     targets: KnownTargets | None = None
     sees: tuple[str, ...] = ()
+    parts: int = 1
     valid: Tensor | None = None
 
     @property

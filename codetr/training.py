@@ -37,6 +37,7 @@ from codetr.distributed import (
 )
 from codetr.inference import detect
 from codetr.matching.stability import Matches, MatchRecorder
+from codetr.parameter_groups import parameter_groups
 from codetr.progress import EpochReport, Progress, StepReport, StepValues
 from codetr.queries.selection import QUERY
 from codetr.randomness import (
@@ -122,34 +123,11 @@ WARMUP_START = 1e-3
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
-    """AdamW with the reference's learning rates: the backbone's, and those of sampling offsets and
-    reference points, are multiples of the rest's (method.md 63). All decay alike."""
-    groups: dict[str, list[nn.Parameter]] = {"detector": [], "backbone": [], "offsets": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[_group_of(name)].append(parameter)
-    multipliers = {
-        "detector": 1.0,
-        "backbone": config.backbone_multiplier,
-        "offsets": config.offsets_multiplier,
-    }
+    """AdamW with the reference's learning rates: see :func:`parameter_groups`."""
     return AdamW(
-        [
-            {"name": name, "params": groups[name], "lr": config.learning_rate * multiplier}
-            for name, multiplier in multipliers.items()
-            if groups[name]
-        ],
-        weight_decay=config.weight_decay,
+        parameter_groups(model, config),
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
-
-
-def _group_of(name: str) -> str:
-    if name.startswith("backbone."):
-        return "backbone"
-    if "sampling_offsets" in name or "reference_points" in name:
-        return "offsets"
-    return "detector"
 
 
 def build_schedule(optimizer: Optimizer, config: TrainingConfig, steps_per_epoch: int) -> LambdaLR:

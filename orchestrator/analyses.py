@@ -98,9 +98,11 @@ def measure_trial(look: Look, cpus: int) -> Measurement:
         checkpoint = replace(load_checkpoint(path), source=look.checkpoint)
     trial = look.trial
     subject = Subject.of(checkpoint, device(), label(trial), trial.arm)
-    dataset = open_dataset(trial.data, "val", seed=trial.seed)
+    kind = analysis(look.analysis)
+    masks = kind.trains_heads and trial.detector.needs_masks
+    dataset = open_dataset(trial.data, "val", seed=trial.seed, masks=masks)
     batch = min(8, trial.training.batch_size)
-    return measure(analysis(look.analysis), subject, dataset, batch_size=batch, images=IMAGES)
+    return measure(kind, subject, dataset, batch_size=batch, images=IMAGES)
 
 
 def metrics(measurement: Measurement) -> dict[str, float]:

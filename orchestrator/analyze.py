@@ -12,7 +12,9 @@ from orchestrator.experiment import paper_tables
 from orchestrator.use import data_config, device
 
 if TYPE_CHECKING:
+    from codetr.analysis.frame import Analysis
     from codetr.checkpoint import Checkpoint
+    from codetr.data import CocoDataset
 
 ShowImages = Callable[[str, int, int], None]
 """Called with a detector's label, and how many of how many images it has seen."""
@@ -48,20 +50,19 @@ def analyze_checkpoints(
     require_known(name, "analyze")
     from codetr.analysis import analysis
     from codetr.analysis.frame import Subject, default_label, measure
-    from codetr.data import open_dataset
 
     kind = analysis(name)
     checkpoints = [_load(place) for place in places]
     kind.check(checkpoints)
     labels = _distinct([default_label(checkpoint) for checkpoint in checkpoints])
     for checkpoint in checkpoints:  # the last may not fit: better known before the first is seen
-        dataset = open_dataset(data_config(checkpoint.data, data), "val")
+        dataset = _open(kind, checkpoint, data)
         dataset.classes.require_same(
             checkpoint.classes, str(dataset.annotations), checkpoint.source
         )
     measurements = []
     for checkpoint, label in zip(checkpoints, labels, strict=True):
-        dataset = open_dataset(data_config(checkpoint.data, data), "val")
+        dataset = _open(kind, checkpoint, data)
 
         def on_images(done: int, total: int, label: str = label) -> None:
             if progress:
@@ -85,6 +86,13 @@ def analyze_checkpoints(
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
     return written
+
+
+def _open(kind: type[Analysis], checkpoint: Checkpoint, data: str) -> CocoDataset:
+    from codetr.data import open_dataset
+
+    masks = kind.trains_heads and checkpoint.detector.needs_masks
+    return open_dataset(data_config(checkpoint.data, data), "val", masks=masks)
 
 
 def _load(place: str) -> Checkpoint:

@@ -276,6 +276,7 @@ def _configure(
         detector = parse(DetectorConfig, _with_heads(merged, source), f"{source}: detector")
         training = parse(TrainingConfig, merged["training"], f"{source}: training")
         data = parse(DataConfig, merged["data"], f"{source}: data")
+    training.require_fitting(detector)
     return detector, training, data
 
 

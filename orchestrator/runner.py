@@ -110,14 +110,19 @@ def prepare_data(plan: Plan, view: View) -> None:
     from codetr.data import open_dataset
     from codetr.data.digits import cached_digits
 
-    for data in {trial.data.model_dump_json(): trial.data for trial in plan.trials}.values():
+    wanted = {
+        (trial.data.model_dump_json(), trial.detector.needs_masks): trial.data
+        for trial in plan.trials
+    }
+    for (_, masks), data in wanted.items():
         if data.dataset != "coco":
             cached_digits(
                 lvis=data.dataset == "digits-lvis",
                 progress=lambda done, total: view.stage("making the images", f"{done}/{total}"),
             )
         view.stage("opening the data")
-        train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+        train_set = open_dataset(data, "train", masks=masks)
+        val_set = open_dataset(data, "val")
         train_set.classes.require_same(
             val_set.classes, str(train_set.annotations), str(val_set.annotations)
         )

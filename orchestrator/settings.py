@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from codetr.config import (
-    AtssConfig,
+    HEAD_CONFIGS,
     ConfigError,
     DataConfig,
     DetectorConfig,
-    FasterRcnnConfig,
     TrainingConfig,
     nearest,
 )
@@ -21,10 +21,7 @@ from orchestrator.experiment import Layer
 
 _ROOTS: dict[str, type[BaseModel]] = {
     "detector": DetectorConfig,
-    **{
-        f"heads.{head.model_fields['type'].default}": head
-        for head in (AtssConfig, FasterRcnnConfig)
-    },
+    **{f"heads.{kind}": head for kind, head in HEAD_CONFIGS.items()},
     "training": TrainingConfig,
     "data": DataConfig,
 }
@@ -39,14 +36,23 @@ def setting_keys() -> tuple[str, ...]:
 def _keys(model: type[BaseModel], prefix: str) -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
         if name == "type":
             continue  # chosen by detector.heads
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += _keys(inner, f"{prefix}.{name}")
-        else:
+        inner = _models(field.annotation)
+        for one in inner:
+            keys += _keys(one, f"{prefix}.{name}")
+        if not inner:
             keys.append(f"{prefix}.{name}")
-    return keys
+    return [*dict.fromkeys(keys)]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold: one, or those of a union such as the backbones."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, UnionType) or get_origin(annotation) in (Union, Annotated):
+        return [model for one in get_args(annotation) for model in _models(one)]
+    return []
 
 
 def full_key(key: str) -> str:

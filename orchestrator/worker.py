@@ -150,7 +150,8 @@ class _Training:
         self.wishes = Wishes(job["board"] if rank == 0 else None, trial.id)
         self.wish = ""
         tell(Progress("opening data"))
-        self.train_set = open_dataset(trial.data, "train", seed=trial.seed)
+        masks = trial.detector.needs_masks
+        self.train_set = open_dataset(trial.data, "train", seed=trial.seed, masks=masks)
         self.val_set = open_dataset(trial.data, "val", seed=trial.seed)
         self.build_loader = partial(
             build_loader,

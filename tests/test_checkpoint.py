@@ -19,7 +19,7 @@ from codetr.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from codetr.config import BackboneConfig, ConfigError
+from codetr.config import ConfigError, ResNetConfig
 from codetr.cost import Cost
 from codetr.data import Classes
 from codetr.training import train_epoch
@@ -84,7 +84,7 @@ def test_the_model_detects_as_before(path, checkpoint):
 
 
 def test_a_model_is_built_without_its_pretrained_backbone(checkpoint):
-    backbone = BackboneConfig.model_validate(
+    backbone = ResNetConfig.model_validate(
         checkpoint.detector.backbone.model_dump() | {"pretrained": "/gone/backbone.pth"}
     )
     detector = checkpoint.detector.model_copy(update={"backbone": backbone})

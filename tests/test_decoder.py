@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,8 +39,13 @@ def group(name: str, count: int, **others: object) -> QueryGroup:
     )  # type: ignore[arg-type]
 
 
-def decoder(*, two_stage: bool = True, refine: bool = True) -> Decoder:
-    queries = QueryConfig(count=5, two_stage=two_stage, box_refinement=refine)
+DINO = QueryConfig(count=5, dynamic_anchors=True, norm_states=True, logit_eps=1e-3)
+
+
+def decoder(
+    *, two_stage: bool = True, refine: bool = True, queries: QueryConfig | None = None
+) -> Decoder:
+    queries = queries or QueryConfig(count=5, two_stage=two_stage, box_refinement=refine)
     made = Decoder(SIZES, queries, num_classes=3)
     for parameter in made.parameters():  # no branch may start at zero, or it could not be seen
         torch.nn.init.normal_(parameter, std=0.3)
@@ -65,6 +72,65 @@ def test_one_pass_is_a_pass_for_each_group(refine: bool) -> None:
         alone = model([one], of_memory)[one.name]
         torch.testing.assert_close(together[one.name].boxes, alone.boxes)
         torch.testing.assert_close(together[one.name].logits, alone.logits)
+
+
+def test_dynamic_anchors_take_no_position_but_the_boxes() -> None:
+    """DINO's decoder isolates groups as well, and ignores positions that a group brings along."""
+    torch.manual_seed(0)
+    groups = [as_double(group("query", 5)), as_double(group("positive/a", 3))]
+    model, of_memory = decoder(queries=DINO), as_double(memory())
+    together = model(groups, of_memory)
+    for one in groups:
+        alone = model([replace(one, position=None)], of_memory)[one.name]
+        torch.testing.assert_close(together[one.name].boxes, alone.boxes)
+
+
+def test_dino_reads_normed_states_and_refines_with_plain_ones() -> None:
+    """Layer by layer from the definition (method.md 18, 22), for the first two layers."""
+    torch.manual_seed(0)
+    one, of_memory = as_double(group("query", 5)), as_double(memory())
+    model = decoder(queries=DINO)
+    states, frames = [], []
+
+    def remember(_: object, inputs: tuple, output: torch.Tensor) -> None:
+        states.append(output)
+        frames.append(inputs[2])
+
+    for layer in model.layers:
+        layer.register_forward_hook(remember)
+    prediction = model([one], of_memory)["query"]
+
+    def logit(boxes: torch.Tensor) -> torch.Tensor:
+        return (boxes.clamp(1e-3) / (1 - boxes).clamp(1e-3)).log()
+
+    read = (logit(one.reference) + model.regress[0](model.norm(states[0])).float()).sigmoid()
+    torch.testing.assert_close(prediction.boxes[0], read)
+    refined = (logit(one.reference) + model.regress[0](states[0]).float()).sigmoid()
+    centers = refined[:, :, None, :2] * of_memory.valid_ratios[:, None]
+    torch.testing.assert_close(frames[1].centers, centers)
+    second = (logit(refined) + model.regress[1](model.norm(states[1])).float()).sigmoid()
+    torch.testing.assert_close(prediction.boxes[1], second)
+    assert not torch.allclose(read, refined)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(6, 3), (4, 4), (0, 1), (5, 1)])
+def test_parts_of_a_group_do_not_see_one_another(count: int, parts: int) -> None:
+    """Against a loop over all pairs of queries."""
+    groups = [group("query", 2), group("denoising", count, sees=("query",), parts=parts)]
+    owners = [("query", 0)] * 2
+    owners += [("denoising", i // (count // parts)) for i in range(count)]
+    blocked = attention_mask(groups, heads=2)
+    assert blocked is not None
+    for i, one in enumerate(owners):
+        for j, other in enumerate(owners):
+            visible = one == other or (one[0], other[0]) == ("denoising", "query")
+            assert blocked[i, j].item() is not visible
+
+
+def test_a_lone_group_of_parts_needs_a_mask() -> None:
+    blocked = attention_mask([group("denoising", 2, parts=2)], heads=2)
+    assert blocked is not None
+    assert blocked.tolist() == [[False, True], [True, False]]
 
 
 def test_mask_of_groups_that_see_others() -> None:

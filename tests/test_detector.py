@@ -8,13 +8,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import FASTER_RCNN, tiny_detector
+from tiny_training import FASTER_RCNN, MASK_RCNN, tiny_detector
 
-from codetr.config import DetectorConfig
+from codetr.config import DenoisingConfig, DetectorConfig
 from codetr.detector import CoDETR, best_pairs
 from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
 
-HEAD_LISTS = [[], ["atss"], [FASTER_RCNN], ["atss", FASTER_RCNN], ["atss", "atss"]]
+HEAD_LISTS = [
+    [],
+    ["atss"],
+    [FASTER_RCNN],
+    ["retinanet"],
+    ["fcos"],
+    ["paa"],
+    ["gfl"],
+    [MASK_RCNN],
+    ["atss", FASTER_RCNN],
+    ["atss", "atss"],
+    ["atss"] * 6,
+    ["atss", FASTER_RCNN, "paa", "retinanet", "fcos", "gfl"],  # table 7
+]
+
+
+def kinds(heads: list) -> str:
+    return "+".join(head if isinstance(head, str) else head["type"] for head in heads) or "none"
 
 
 def images(sizes: list[tuple[int, int]]) -> ImageBatch:
@@ -31,7 +48,8 @@ def objects(count: int, size: tuple[int, int], image_id: int = 0) -> Targets:
     boxes = torch.cat((corner, corner + 0.1 + 0.3 * torch.rand(count, 2, generator=draw)), 1)
     boxes = boxes * torch.tensor([size[1], size[0]] * 2)
     labels = torch.randint(3, (count,), generator=draw)
-    return Targets(boxes, labels, image_id, size, seed=image_id)
+    masks = torch.rand(count, *size, generator=draw) < 0.5
+    return Targets(boxes, labels, image_id, size, seed=image_id, masks=masks)
 
 
 def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
@@ -39,15 +57,19 @@ def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Target
     return CoDETR(config).train()(batch, targets)
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-@pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
+VARIANTS = {"one-stage": {}, "two-stage": {"two_stage": True}, "dino": {"dino": True}}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@variants
+@pytest.mark.parametrize("heads", HEAD_LISTS, ids=kinds)
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0), (0, 0)], ids=["full", "one empty", "empty"])
 def test_every_trainable_parameter_gets_a_gradient(
-    heads: list, two_stage: bool, counts: tuple[int, int]
+    heads: list, variant: dict[str, bool], counts: tuple[int, int]
 ) -> None:
     batch = images([(64, 96), (48, 64)])
     targets = [objects(n, s, i) for i, (n, s) in enumerate(zip(counts, batch.sizes, strict=True))]
-    model = CoDETR(tiny_detector(*heads, two_stage=two_stage)).train()
+    model = CoDETR(tiny_detector(*heads, **variant)).train()
     output = model(batch, targets)
     output.total.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -55,10 +77,11 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("heads", HEAD_LISTS, ids=str)
-def test_loss_terms_are_those_of_the_plan(heads: list) -> None:
+@variants
+@pytest.mark.parametrize("heads", HEAD_LISTS, ids=kinds)
+def test_loss_terms_are_those_of_the_plan(heads: list, variant: dict[str, bool]) -> None:
     """Names agree with the configuration's weights, and the total is their weighted sum."""
-    config = tiny_detector(*heads, two_stage=True)
+    config = tiny_detector(*heads, **variant)
     batch = images([(64, 64)])
     output = train_losses(config, batch, [objects(3, (64, 64))])
     weights = config.loss_weights()
@@ -82,19 +105,62 @@ def test_arms_start_from_the_same_detector() -> None:
     )
 
 
+def test_denoising_changes_no_other_loss() -> None:
+    """No other query sees the noisy objects; theirs are the only terms that are added."""
+    batch = images([(64, 96), (48, 64)])
+    targets = [objects(4, (64, 96)), objects(1, (48, 64), 1)]
+    config = tiny_detector("atss", dino=True)
+    without = config.model_copy(update={"denoising": DenoisingConfig()})
+    losses, others = (train_losses(c, batch, targets).losses for c in (config, without))
+    assert {name for name in losses if name not in others} == {
+        f"denoising/{layer}/{term}" for layer in range(2) for term in ("cls", "l1", "giou")
+    }
+    for name, value in others.items():
+        torch.testing.assert_close(losses[name], value, msg=name)
+
+
+def test_soft_nms_lowers_the_scores_of_overlapping_detections() -> None:
+    config = tiny_detector(dino=True)
+    batch = images([(64, 96)])
+    found = {}
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        soft_nms = config.soft_nms.model_copy(update={"enabled": enabled, "iou": 0.1})
+        model = CoDETR(config.model_copy(update={"soft_nms": soft_nms})).eval()
+        model.decoder.regress[-1][-1].bias.data[2:] += 2.0  # untrained boxes are too small to meet
+        (found[enabled],) = model(batch)
+    assert len(found[True]) <= config.queries.count < len(found[False])
+    pairs = found[False].scores[: config.queries.count]
+    assert found[True].scores[0] == pairs[0]
+    assert found[True].scores.sum() < pairs.sum()
+
+
 def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
+    """Nor does its start, nor do its positive queries: of all kinds, side by side and alone."""
     batch, targets = images([(64, 96)]), [objects(4, (64, 96))]
-    alone = train_losses(tiny_detector("atss"), batch, targets).losses
-    beside = train_losses(tiny_detector(FASTER_RCNN, "atss"), batch, targets).losses
-    for name, value in alone.items():
-        torch.testing.assert_close(beside[name], value, msg=name)
+    every = ["gfl", FASTER_RCNN, "paa", "atss", MASK_RCNN, "fcos", "retinanet"]
+    beside = train_losses(tiny_detector(*every), batch, targets).losses
+    for head in every:
+        alone = train_losses(tiny_detector(head), batch, targets).losses
+        assert len(alone) > 2 * 3
+        for name, value in alone.items():
+            torch.testing.assert_close(beside[name], value, msg=name)
 
 
-def test_heads_cost_nothing_at_inference() -> None:
+def test_repeated_heads_start_from_weights_of_their_own() -> None:
+    model = CoDETR(tiny_detector("fcos", "fcos"))
+    first, second = (head.state_dict() for head in model.heads)
+    assert not torch.equal(first["cls.weight"], second["cls.weight"])
+
+
+@variants
+def test_what_training_adds_costs_nothing_at_inference(variant: dict[str, bool]) -> None:
+    """Neither heads nor denoising change detections or the parameters that inference uses."""
     torch.manual_seed(0)
-    plain = CoDETR(tiny_detector()).eval()
+    config = tiny_detector(**variant)
+    plain = CoDETR(config.model_copy(update={"denoising": DenoisingConfig()})).eval()
     torch.manual_seed(0)
-    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    collaborative = CoDETR(tiny_detector("atss", FASTER_RCNN, **variant)).eval()
     batch = images([(64, 96), (48, 64)])
     for one, other in zip(plain(batch), collaborative(batch), strict=True):
         assert torch.equal(one.boxes, other.boxes)
@@ -103,11 +169,11 @@ def test_heads_cost_nothing_at_inference() -> None:
     assert counts[0] == counts[1] == sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
+@variants
+def test_what_lies_in_the_padding_is_never_read(variant: dict[str, bool]) -> None:
     """An image's memory and queries are the same alone and beside a larger image."""
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector(two_stage=two_stage)).eval().double()
+    model = CoDETR(tiny_detector(**variant)).eval().double()
     sizes = [(64, 64), (64, 128)]
     maps = [torch.randn(2, 32, 64 // s, 128 // s, dtype=torch.double) for s in (8, 16, 32)]
     together = model.encoder(maps, images(sizes))
@@ -115,11 +181,11 @@ def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
     valid = ~together.padding[0]
     torch.testing.assert_close(together.tokens[:1, valid], alone.tokens)
 
-    selections = [model.queries(memory) for memory in (together, alone)]
-    if two_stage:  # tokens in the padding may be selected, but do not change the others' scores
-        logits = [selection.proposals.logits[0, 0] for selection in selections]
+    if variant:  # tokens in the padding may be selected, but do not change the others' scores
+        logits = [model.queries._propose(memory)[0][0] for memory in (together, alone)]
         torch.testing.assert_close(logits[0][valid], logits[1])
         return
+    selections = [model.queries(memory) for memory in (together, alone)]
     boxes = [
         model.decoder([selection.group], memory)["query"].boxes[:, 0]
         for selection, memory in zip(selections, (together, alone), strict=True)
@@ -127,10 +193,14 @@ def test_what_lies_in_the_padding_is_never_read(two_stage: bool) -> None:
     torch.testing.assert_close(boxes[0], boxes[1])
 
 
-@pytest.mark.parametrize("branch", ["query", "atss", "faster_rcnn"])
-def test_every_branch_detects_within_the_image(branch: str) -> None:
+EVERY = [FASTER_RCNN, MASK_RCNN, "atss", "retinanet", "fcos", "paa", "gfl"]
+
+
+@variants
+@pytest.mark.parametrize("branch", ["query", *(kinds([head]) for head in EVERY)])
+def test_every_branch_detects_within_the_image(branch: str, variant: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector("atss", FASTER_RCNN)).eval()
+    model = CoDETR(tiny_detector(*EVERY, **variant)).eval()
     batch = images([(64, 96), (48, 64)])
     for found, (height, width) in zip(model.detect(batch, branch), batch.sizes, strict=True):
         assert isinstance(found, Detections)
@@ -151,10 +221,10 @@ def test_training_needs_targets() -> None:
         CoDETR(tiny_detector()).train()(images([(32, 32)]))
 
 
-@pytest.mark.parametrize("padding", ["negatives", "mask"])
+@pytest.mark.parametrize("padding", ["negatives", "mask", "zeros"])
 def test_images_with_fewer_positives_are_filled(padding: str) -> None:
-    """Both ways of filling give the batch one number of queries, and gradients to all."""
-    config = tiny_detector("atss", FASTER_RCNN)
+    """All ways of filling give the batch one number of queries, and gradients to all."""
+    config = tiny_detector(*EVERY)
     positive = config.positive_queries.model_copy(update={"padding": padding})
     config = config.model_copy(update={"positive_queries": positive})
     batch = images([(64, 96), (48, 64)])
@@ -172,9 +242,10 @@ def test_positive_queries_can_be_off() -> None:
     assert not any(name.startswith("positive/") for name in losses)
 
 
-def test_bf16_autocast() -> None:
+@variants
+def test_bf16_autocast(variant: dict[str, bool]) -> None:
     batch, targets = images([(64, 96)]), [objects(3, (64, 96))]
-    config = tiny_detector("atss", FASTER_RCNN, two_stage=True)
+    config = tiny_detector("atss", FASTER_RCNN, **variant)
     exact = train_losses(config, batch, targets)
     with torch.autocast("cpu", torch.bfloat16):
         rough = train_losses(config, batch, targets)
@@ -183,9 +254,10 @@ def test_bf16_autocast() -> None:
     torch.testing.assert_close(rough.total, exact.total, rtol=0.1, atol=0.0)
 
 
-def test_draws_belong_to_the_image() -> None:
+@variants
+def test_draws_belong_to_the_image(variant: dict[str, bool]) -> None:
     """The same image gives the same queries in whatever batch it is."""
-    config = tiny_detector(FASTER_RCNN)
+    config = tiny_detector(FASTER_RCNN, **variant)
     batch, targets = images([(64, 64)]), [objects(3, (64, 64))]
     torch.manual_seed(5)
     model = CoDETR(config).train()
@@ -207,3 +279,21 @@ def test_best_pairs_are_the_highest_scores(queries: int, classes: int, count: in
     assert len(found) == min(count, queries * classes)
     best = logits[-1, 0].flatten().argmax()
     assert found.labels[0] == best % classes
+
+
+def test_positive_queries_of_several_anchors_per_cell_read_their_own_cell() -> None:
+    """RetinaNet has nine candidates for each feature: the content of a query depends on the memory
+    at its anchor's cell, and on no other."""
+    model = CoDETR(tiny_detector("retinanet"))
+    pyramid = [torch.randn(1, 32, 64 // s, 96 // s, requires_grad=True) for s in (8, 16, 32)]
+    pyramid.append(torch.randn(1, 32, 1, 2, requires_grad=True))
+    targets, sizes = [objects(2, (64, 96))], [(64, 96)]
+    (positives,) = model.heads[0](pyramid, sizes, targets).positives
+    group = model.positive_queries[0]("retinanet", [positives], sizes, targets)
+    gradients = torch.autograd.grad(group.content[0, 0, 0], pyramid)
+    touched = torch.cat([g.abs().sum(1).flatten() for g in gradients]).nonzero().flatten().tolist()
+    assert len(touched) == 1
+    centre = group.reference[0, 0, :2] * torch.tensor([96.0, 64.0])
+    cells = [(x * s, y * s) for s in (8, 16, 32) for y in range(64 // s) for x in range(96 // s)]
+    cells += [(64 * x, 0) for x in range(2)]
+    torch.testing.assert_close(centre, torch.tensor(cells[touched[0]]).float())

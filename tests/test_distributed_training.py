@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import FASTER_RCNN, start, tiny_batch, tiny_detector, tiny_training
+from tiny_training import FASTER_RCNN, MASK_RCNN, start, tiny_batch, tiny_detector, tiny_training
 from torch import distributed, multiprocessing
 
 from codetr.checkpoint import load_checkpoint, save_checkpoint
@@ -23,6 +23,7 @@ from codetr.training import NonFiniteLoss, compute_gradients, evaluate, train_ep
 
 WORLD = 2
 K2 = ("atss", FASTER_RCNN)
+OTHERS = ("retinanet", "fcos", "paa", "gfl", MASK_RCNN)
 OBJECTS = {"both ranks": [3, 1, 2, 4], "rank 0 alone": [3, 0, 2, 0], "no rank": [0, 0, 0, 0]}
 """Objects of the four images of a step; rank 1 has the second and the last."""
 CASES = {
@@ -32,6 +33,13 @@ CASES = {
     )
     for heads in ((), ("atss",), K2)
     for two_stage in (False, True)
+    for where, objects in OBJECTS.items()
+} | {
+    f"the other heads, objects on {where}": (tiny_detector(*OTHERS), objects)
+    for where, objects in OBJECTS.items()
+}
+CASES |= {
+    f"K = 2, DINO, objects on {where}": (tiny_detector(*K2, dino=True), objects)
     for where, objects in OBJECTS.items()
 }
 

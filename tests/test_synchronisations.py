@@ -45,11 +45,17 @@ def test_without_heads_nothing_but_the_matching_looks() -> None:
     [
         # For the positives of all images; then, of each image, positives and negatives.
         (["atss"], 1 + 2 * 2),
+        (["retinanet"], 1 + 2 * 2),
+        (["fcos"], 1 + 2 * 2),
+        (["gfl"], 1 + 2 * 2),
+        # Candidates of all images, the number of objects, and on the host what the mixtures keep;
+        # for the fit itself, whether it goes on, there too, a hundred times at most.
+        (["paa"], 1 + 2 * 2 + 1 + 1 + 1 + 100),
         # Of each image, the boxes that are not empty; of each level, the regions that read it;
         # those that are positive. Samples are drawn on the host: of each image two looks, twice.
         ([FASTER_RCNN], 2 + 3 + 1 + 2 * 2 * 2),
     ],
-    ids=["ATSS", "Faster R-CNN"],
+    ids=["ATSS", "RetinaNet", "FCOS", "GFL", "PAA", "Faster R-CNN"],
 )
 def test_looks_of_a_head(heads: list, most: int) -> None:
     looks = operators_of_a_step(heads, "cpu", LOOKS)

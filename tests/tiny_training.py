@@ -11,6 +11,12 @@ from codetr.data import Classes
 from codetr.structures import ImageBatch, Targets
 from codetr.training import TrainingState
 
+MASK_RCNN = {
+    "type": "mask_rcnn",
+    "rpn": {"samples": 32, "train_nms_pre": 50, "test_nms_pre": 50, "keep": 40},
+    "rcnn": {"samples": 32, "fc_dim": 32, "finest_scale": 28},
+    "mask": {"convs": 1, "channels": 16, "roi_size": 7},
+}
 CLASSES = Classes(("cat", "dog", "fish"), (1, 2, 7))
 FASTER_RCNN = {
     "type": "faster_rcnn",
@@ -19,7 +25,24 @@ FASTER_RCNN = {
 }
 
 
-def tiny_detector(*heads: Any, two_stage: bool = False, frozen_norm: bool = True) -> DetectorConfig:
+DINO = {
+    "queries": {
+        "count": 12,
+        "rank_by": "best_class",
+        "dynamic_anchors": True,
+        "norm_states": True,
+        "logit_eps": 1e-3,
+    },
+    "denoising": {"enabled": True, "queries": 6},
+    "query_loss": {"classification": "quality_focal", "cls": 1.0},
+    "soft_nms": {"enabled": True},
+}
+"""Settings that make the tiny detector a DINO."""
+
+
+def tiny_detector(
+    *heads: Any, two_stage: bool = False, frozen_norm: bool = True, dino: bool = False
+) -> DetectorConfig:
     """Strides 8 to 32, 32 channels, 1 + 2 layers, 12 queries; ``heads`` of small samples."""
     return DetectorConfig.model_validate(
         {
@@ -42,7 +65,8 @@ def tiny_detector(*heads: Any, two_stage: bool = False, frozen_norm: bool = True
             },
             "queries": {"count": 12, "two_stage": two_stage},
             "heads": heads,
-            "positive_queries": {"max": 20},
+            "positive_queries": {"max": 20, "features": not dino},
+            **(DINO if dino else {}),
         }
     )
 
@@ -76,6 +100,7 @@ def tiny_targets(image_id: int, objects: int, side: int = 64) -> Targets:
         image_id=image_id,
         original_size=(side, side),
         seed=image_id,
+        masks=torch.rand(objects, side, side, generator=draw) < 0.5,
     )
 
 

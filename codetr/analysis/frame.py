@@ -148,6 +148,8 @@ class Analysis(ABC):
     """
 
     name: ClassVar[str]
+    trains_heads: ClassVar[bool] = False
+    """Whether heads are given all that they are trained on: masks, too, where one needs them."""
 
     def __init__(self, subject: Subject, examples: frozenset[int]) -> None:
         """Begin.

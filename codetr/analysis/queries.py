@@ -52,6 +52,7 @@ class Queries(Analysis):
     """
 
     name = "queries"
+    trains_heads = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

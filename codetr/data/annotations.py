@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codetr.data.errors import DataError, Problem
+from codetr.data.masks import Masks, compacted, encoded_all
 
 Entry = dict[str, Any]
 
@@ -114,6 +115,7 @@ class Annotations:
         areas: (A,) float64, the segment's area in square pixels, or the box's.
         crowd: (A,) bool.
         lvis: None in COCO.
+        masks: of the A annotations but crowds; None unless they were asked for.
         problems: everything wrong with single images and annotations; those are not in the arrays.
     """
 
@@ -130,6 +132,7 @@ class Annotations:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     lvis: LvisImages | None
+    masks: Masks | None = field(repr=False)
     problems: tuple[Problem, ...] = field(repr=False)
 
     def __len__(self) -> int:
@@ -164,17 +167,23 @@ class Annotations:
             areas=self.areas[rows],
             crowd=self.crowd[rows],
             lvis=self.lvis and self.lvis.select(images.tolist()),
+            masks=self.masks and self.masks.select(rows),
         )
 
 
-def read_annotations(path: Path) -> Annotations:
+def read_annotations(path: Path, *, masks: bool = False) -> Annotations:
     """Read and validate a COCO or LVIS annotation file.
 
+    Args:
+        path: the file.
+        masks: read the objects' masks, too; an object without one is a problem.
+
     Raises:
-        DataError: the file as a whole cannot be used: it is missing, not JSON, or its categories
-            are broken. Problems of single images and annotations are listed in the result.
+        DataError: the file as a whole cannot be used: it is missing, not JSON, its categories are
+            broken, or ``masks`` are asked for and it has none. Problems of single images and
+            annotations are listed in the result.
     """
-    content, digest = _load(path)
+    content, digest = _load(path, masks)
     problems: list[Problem] = []
     classes = _classes(path, content["categories"])
     image_rows = _image_rows(path, content["images"], problems)
@@ -182,10 +191,11 @@ def read_annotations(path: Path) -> Annotations:
     sizes = np.array([row[2] for row in image_rows], np.int32).reshape(-1, 2)
 
     broken = {problem.image_id for problem in problems}.difference(image_ids.tolist())
-    rows = _annotation_rows(path, content["annotations"], problems, broken)
+    rows, entries = _annotation_rows(path, content["annotations"], problems, broken)
     owner = _positions(image_ids, rows["image_id"])
     label = _positions(np.array(classes.category_ids, np.int64), rows["category_id"])
     wrong = _wrong_annotations(rows, owner, label, sizes)
+    runs = encoded_all(path, entries, sizes[owner], rows["crowd"], wrong) if masks else []
     problems += [
         Problem(path, what, int(rows["image_id"][row]), int(rows["id"][row]))
         for row, what in wrong.items()
@@ -209,19 +219,21 @@ def read_annotations(path: Path) -> Annotations:
         areas=rows["area"][order],
         crowd=rows["crowd"][order],
         lvis=_lvis(classes, image_rows),
+        masks=Masks.of([runs[row] for row in order]) if masks else None,
         problems=tuple(problems),
     )
 
 
-def _load(path: Path) -> tuple[Entry, str]:
-    """The parsed file and the hash of its bytes."""
+def _load(path: Path, masks: bool) -> tuple[Entry, str]:
+    """The parsed file, with or without segmentations, and the hash of its bytes."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     try:
         # Polygons are most of such a file; dropping them at once keeps the peak of memory low.
-        content = json.loads(text, object_hook=_without_segmentation)
+        hook = _with_compact_segmentation if masks else _without_segmentation
+        content = json.loads(text, object_hook=hook)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({error}); it may be truncated: copy or download it again"
@@ -234,6 +246,12 @@ def _load(path: Path) -> tuple[Entry, str]:
 
 def _without_segmentation(entry: Entry) -> Entry:
     entry.pop("segmentation", None)
+    return entry
+
+
+def _with_compact_segmentation(entry: Entry) -> Entry:
+    if "segmentation" in entry:
+        entry["segmentation"] = compacted(entry["segmentation"])
     return entry
 
 
@@ -334,12 +352,12 @@ def _annotation_row(entry: Entry) -> tuple[Any, ...]:
 
 def _annotation_rows(
     path: Path, entries: list[Any], problems: list[Problem], broken_images: set[int | None]
-) -> NDArray[Any]:
-    """(A,) of ``_ANNOTATION`` for all annotations whose fields have the right types.
+) -> tuple[NDArray[Any], list[Entry]]:
+    """(A,) of ``_ANNOTATION`` for all annotations whose fields have the right types, and these.
 
     Annotations of broken images are left out in silence: what is wrong there is known.
     """
-    rows = []
+    rows, sound = [], []
     for position, entry in enumerate(entries):
         try:
             row = _annotation_row(entry)
@@ -351,7 +369,8 @@ def _annotation_rows(
         else:
             if row[1] not in broken_images:
                 rows.append(row)
-    return np.array(rows, _ANNOTATION)
+                sound.append(entry)
+    return np.array(rows, _ANNOTATION), sound
 
 
 def _describe(error: Exception, entry: Any, place: str) -> tuple[str, int | None]:

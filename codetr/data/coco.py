@@ -66,17 +66,19 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         skip_bad: bool = False,
         limit: int | None = None,
         seed: int = 0,
+        masks: bool = False,
     ) -> None:
         """Open a split.
 
         Args:
             annotations: the annotation file.
             images: the folder that its file names are relative to.
-            transform: from (image (3, H, W) uint8, {boxes, labels}) to the same.
+            transform: from (image (3, H, W) uint8, {boxes, labels, and perhaps masks}) to the same.
             training: crowd regions are no targets, and there must be objects.
             skip_bad: leave out images with problems; every image is decoded once to find out.
             limit: use only the first so many images.
             seed: of the random transforms.
+            masks: the targets have masks; each object must have one.
 
         Raises:
             DataError: names the first problem, or there is nothing to train on.
@@ -87,7 +89,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         self.training = training
         self.seed = seed
         self.epoch = 0
-        table = read_annotations(annotations)
+        table = read_annotations(annotations, masks=masks)
         problems = [*table.problems, *find_absent(table, images)]
         if not skip_bad:
             refuse(problems)
@@ -128,7 +130,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         kept = ~table.crowd[rows]
         pixels = read_image(self.images / str(table.names[index]), (height, width))
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-        objects = {
+        objects: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(
                 torch.from_numpy(table.clipped(index)[kept]),
                 format="XYXY",
@@ -136,6 +138,10 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
             ),
             "labels": torch.from_numpy(table.labels[rows][kept].astype(np.int64)),
         }
+        if table.masks is not None:
+            numbers = np.arange(rows.start, rows.stop)[kept]
+            masks = table.masks.decode(numbers, (height, width))
+            objects["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         if self.transform is not None:
             with seeded(stable_seed("transform", self.seed, self.epoch, image_id)):
                 image, objects = self.transform(image, objects)
@@ -145,6 +151,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
             image_id=image_id,
             original_size=(height, width),
             seed=stable_seed("draws", self.seed, self.epoch, image_id),
+            masks=objects["masks"].as_subclass(Tensor).bool() if "masks" in objects else None,
         )
 
     def _require_content(self) -> None:

@@ -80,8 +80,16 @@ def data_directory(config: DataConfig) -> Path:
     return config.path
 
 
-def open_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> CocoDataset:
+def open_dataset(
+    config: DataConfig, split: Split, *, seed: int = 0, masks: bool = False
+) -> CocoDataset:
     """The configured split with its transforms.
+
+    Args:
+        config: which data, and how it is transformed.
+        split: train or val.
+        seed: of the random transforms.
+        masks: with the objects' masks (``DetectorConfig.needs_masks``).
 
     Raises:
         DataError: something is missing or broken; the text names it.
@@ -99,4 +107,5 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> CocoData
         skip_bad=config.skip_bad,
         limit=config.train_images if training else config.val_images,
         seed=seed,
+        masks=masks,
     )

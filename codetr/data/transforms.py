@@ -43,7 +43,8 @@ def _draw(low: int, high: int) -> int:
 
 
 def build_transform(config: DataConfig, *, training: bool) -> v2.Transform:
-    """From (image uint8, {boxes, labels}) to (image float normalised, {boxes, labels}).
+    """From (image uint8, {boxes, labels}) to (image float normalised, {boxes, labels}); masks among
+    them are transformed with the image.
 
     Training follows DETR (method.md, training recipe): a random short side; or, half of the time
     and with ``config.crop``, a resize, a crop and then the random short side. Evaluation resizes

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from codetr.config import AtssConfig, FasterRcnnConfig, PositiveQueryConfig
+from codetr.config import (
+    AnyHeadConfig,
+    AtssConfig,
+    FasterRcnnConfig,
+    FcosConfig,
+    GflConfig,
+    MaskRcnnConfig,
+    PaaConfig,
+    PositiveQueryConfig,
+    RetinaNetConfig,
+)
 from codetr.heads.atss import AtssHead
 from codetr.heads.faster_rcnn import FasterRcnnHead
-from codetr.heads.head import Head
+from codetr.heads.fcos import FcosHead
+from codetr.heads.gfl import GflHead
+from codetr.heads.head import Head, HeadContext
+from codetr.heads.mask_rcnn import MaskRcnnHead
+from codetr.heads.paa import PaaHead
+from codetr.heads.retinanet import RetinaNetHead
 from codetr.sampling import forked_rng
 
 HEADS: dict[type, Callable[..., Head]] = {
     AtssConfig: AtssHead,
     FasterRcnnConfig: FasterRcnnHead,
+    RetinaNetConfig: RetinaNetHead,
+    FcosConfig: FcosHead,
+    PaaConfig: PaaHead,
+    GflConfig: GflHead,
+    MaskRcnnConfig: MaskRcnnHead,
 }
 
 
 def build_head(
-    config: AtssConfig | FasterRcnnConfig,
+    config: AnyHeadConfig,
     *,
     name: str,
     channels: int,
@@ -38,12 +58,8 @@ def build_head(
         positive_config: what becomes of the positives.
         groups: of group norms; a divisor of ``channels``.
     """
+    context = HeadContext(
+        channels, num_classes, tuple(strides), groups, positive_config.official_defects
+    )
     with forked_rng(f"head/{name}"):
-        return HEADS[type(config)](
-            config,
-            channels=channels,
-            num_classes=num_classes,
-            strides=strides,
-            positive_config=positive_config,
-            groups=groups,
-        )
+        return HEADS[type(config)](config, context)

@@ -19,15 +19,19 @@ class Anchors:
 
     Attributes:
         boxes: (N, 4) xyxy pixels; they may reach outside the image.
-        centres: (N, 2) x, y in pixels. Cell i of a level is at i * stride: no half-cell offset.
+        centres: (N, 2) x, y in pixels.
         counts: number of anchors of each level.
         levels: (N,) int64, the level of each anchor.
+        strides: (N,) stride of that level in pixels.
+        per_cell: number of anchors on each cell.
     """
 
     boxes: Tensor
     centres: Tensor
     counts: tuple[int, ...]
     levels: Tensor
+    strides: Tensor
+    per_cell: int
 
     def valid(self, sizes: Sequence[Size]) -> Tensor:
         """(B, N) bool: the centre is inside the image's valid size, not in the padding."""
@@ -40,6 +44,7 @@ def anchors_for(
     strides: Sequence[int],
     scales: Sequence[float],
     ratios: Sequence[float] = (1.0,),
+    offset: float = 0.0,
 ) -> Anchors:
     """Anchors on every cell of the maps, one for each ratio and scale (ratio-major).
 
@@ -48,17 +53,27 @@ def anchors_for(
         strides: of the maps in pixels.
         scales: sides of the square anchors in strides.
         ratios: height / width; the area stays that of the square.
+        offset: cell i of a level is at (i + offset) * stride; the anchor-based heads of the
+            original have no offset, FCOS half a cell.
     """
     shapes = tuple((level.shape[-2], level.shape[-1]) for level in pyramid)
-    return _grid(shapes, tuple(strides), tuple(scales), tuple(ratios), pyramid[0].device)
+    device = pyramid[0].device
+    return _grid(shapes, tuple(strides), tuple(scales), tuple(ratios), offset, device=device)
 
 
-@lru_cache(maxsize=8)
+def octave_scales(base: float, count: int) -> list[float]:
+    """``count`` scales from ``base`` on, evenly spread over an octave (RetinaNet, section 4)."""
+    return [base * 2 ** (i / count) for i in range(count)]
+
+
+@lru_cache(maxsize=16)
 def _grid(
     shapes: tuple[Size, ...],
     strides: tuple[int, ...],
     scales: tuple[float, ...],
     ratios: tuple[float, ...],
+    offset: float,
+    *,
     device: torch.device,
 ) -> Anchors:
     # Cached: evaluation must not leave inference tensors behind that training cannot use.
@@ -66,8 +81,8 @@ def _grid(
         centres, boxes = [], []
         for (height, width), stride in zip(shapes, strides, strict=True):
             y, x = torch.meshgrid(
-                torch.arange(height, device=device) * float(stride),
-                torch.arange(width, device=device) * float(stride),
+                (torch.arange(height, device=device) + offset) * float(stride),
+                (torch.arange(width, device=device) + offset) * float(stride),
                 indexing="ij",
             )
             centre = torch.stack((x, y), -1).view(-1, 1, 2)
@@ -76,7 +91,14 @@ def _grid(
             centres.append(centre.expand(-1, len(corner), -1).reshape(-1, 2))
         counts = tuple(len(level) for level in boxes)
         levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        return Anchors(torch.cat(boxes), torch.cat(centres), counts, levels.to(device))
+        return Anchors(
+            torch.cat(boxes),
+            torch.cat(centres),
+            counts,
+            levels.to(device),
+            torch.tensor(strides, dtype=torch.float32)[levels].to(device),
+            len(scales) * len(ratios),
+        )
 
 
 def _half_sides(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:

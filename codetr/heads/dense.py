@@ -1,4 +1,4 @@
-"""What the heads share that predict on every cell of the maps."""
+"""Layers and detections of predictions on every cell of the maps."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from codetr.boxes import encode_distances
 from codetr.structures import Detections, Size
 
 PRIOR = 0.01
 """Initial probability of every class (RetinaNet, section 4.1)."""
 
 
-def conv_tower(channels: int, depth: int, groups: int) -> nn.Sequential:
-    """``depth`` times 3x3 convolution, group norm and ReLU."""
-    layers = [
-        OrderedDict(
-            conv=nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            norm=nn.GroupNorm(groups, channels),
-            act=nn.ReLU(inplace=True),
-        )
-        for _ in range(depth)
-    ]
-    return nn.Sequential(*map(nn.Sequential, layers))
+def conv_tower(channels: int, depth: int, groups: int | None, *, bias: bool) -> nn.Sequential:
+    """``depth`` times 3x3 convolution, group norm unless ``groups`` is None, and ReLU."""
+    layers = []
+    for _ in range(depth):
+        layer: OrderedDict[str, nn.Module] = OrderedDict()
+        layer["conv"] = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        if groups is not None:
+            layer["norm"] = nn.GroupNorm(groups, channels)
+        layer["act"] = nn.ReLU(inplace=True)
+        layers.append(nn.Sequential(layer))
+    return nn.Sequential(*layers)
 
 
 def init_convs(module: nn.Module, std: float = 0.01) -> None:
@@ -48,11 +49,6 @@ def flatten_maps(maps: Sequence[Tensor], values: int) -> Tensor:
     """(B, A * values, h, w) maps of all levels to (B, N, values), in the order of the anchors."""
     batch = len(maps[0])
     return torch.cat([m.permute(0, 2, 3, 1).reshape(batch, -1, values) for m in maps], dim=1)
-
-
-def sum_of_scores(scores: Tensor, valid: Tensor) -> Tensor:
-    """(B, classes) of (B, N, classes) ``scores``, over those of the N that are ``valid`` (B, N)."""
-    return (scores * valid[..., None]).sum(1)
 
 
 def top_per_level(scores: Tensor, counts: Sequence[int], most: int) -> Tensor:
@@ -118,3 +114,10 @@ def detect_dense(
             )
         )
     return detections
+
+
+def centerness_targets(centres: Tensor, boxes: Tensor) -> Tensor:
+    """(P,) 1 where a centre (P, 2) is in the middle of its box (P, 4), to 0 at its edge (FCOS)."""
+    before, after = encode_distances(centres, boxes).split(2, dim=1)
+    ratio = torch.minimum(before, after) / torch.maximum(before, after)
+    return ratio.prod(1).sqrt()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from codetr.config import FasterRcnnConfig, PositiveQueryConfig
-from codetr.heads.head import Head
-from codetr.heads.rcnn import Rcnn
+from codetr.config import FasterRcnnConfig, MaskRcnnConfig
+from codetr.heads.head import Head, HeadContext
+from codetr.heads.rcnn import Rcnn, RoiOutput, RoiSamples
 from codetr.heads.rpn import Rpn
 from codetr.structures import Detections, HeadOutput, Size, Targets
 
@@ -19,20 +19,13 @@ class FasterRcnnHead(Head):
     RCNN reads all levels but the coarsest, and its positives are the sampled proposals.
     """
 
-    def __init__(
-        self,
-        config: FasterRcnnConfig,
-        *,
-        channels: int,
-        num_classes: int,
-        strides: Sequence[int],
-        positive_config: PositiveQueryConfig,  # noqa: ARG002  every head takes the same arguments
-        groups: int = 32,  # noqa: ARG002
-    ) -> None:
+    config: FasterRcnnConfig | MaskRcnnConfig
+
+    def __init__(self, config: FasterRcnnConfig | MaskRcnnConfig, context: HeadContext) -> None:
         super().__init__()
         self.config = config
-        self.rpn = Rpn(config.rpn, channels, strides)
-        self.rcnn = Rcnn(config.rcnn, channels, num_classes, strides[:-1])
+        self.rpn = Rpn(config.rpn, context.channels, context.strides)
+        self.rcnn = Rcnn(config.rcnn, context.channels, context.num_classes, context.strides[:-1])
 
     def forward(
         self, pyramid: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[Targets]
@@ -40,8 +33,18 @@ class FasterRcnnHead(Head):
         prediction = self.rpn(pyramid)
         losses = self.rpn.losses(prediction, sizes, targets)
         proposals = self.rpn.propose(prediction, sizes, self.config.rpn.train_nms_pre)
-        refined = self.rcnn(pyramid[:-1], proposals, targets)
-        return HeadOutput(losses | refined.losses, refined.positives)
+        refined: RoiOutput = self.rcnn(pyramid[:-1], proposals, targets)
+        further = self.further_losses(pyramid[:-1], refined.samples, targets)
+        return HeadOutput(losses | refined.losses | further, refined.positives)
+
+    def further_losses(
+        self,
+        pyramid: Sequence[Tensor],  # noqa: ARG002
+        samples: Sequence[RoiSamples],  # noqa: ARG002
+        targets: Sequence[Targets],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """On the regions that the second stage was trained on: none but in Mask R-CNN."""
+        return {}
 
     def detect(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         prediction = self.rpn(pyramid)

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from codetr.structures import Detections, HeadOutput, Size, Targets
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """What a head must know of the detector around it.
+
+    Attributes:
+        channels: of the memory pyramid.
+        num_classes: without background.
+        strides: of the memory pyramid in pixels, finest first, its extra level included.
+        groups: of group norms; a divisor of ``channels``.
+        official_defects: hand over positives with the original's defects (method.md 49).
+    """
+
+    channels: int
+    num_classes: int
+    strides: tuple[int, ...]
+    groups: int = 32
+    official_defects: bool = False
 
 
 class Head(nn.Module):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import clip_boxes_to_image, roi_align
+from torchvision.ops import clip_boxes_to_image
 
-from codetr.boxes import areas, decode_deltas, pairwise_iou
+from codetr.boxes import decode_deltas, pairwise_iou
 from codetr.config import RcnnConfig
 from codetr.distributed import normaliser
 from codetr.heads.dense import nms_by_class
+from codetr.heads.regions import region_features
 from codetr.losses import cross_entropy, giou_loss
 from codetr.matching.max_iou import match_max_iou
 from codetr.matching.objects import pad_objects
@@ -32,11 +33,24 @@ class RoiSamples:
         boxes: (S, 4) xyxy pixels; the P positives first.
         labels: (P,) class of each positive's object.
         targets: (P, 4) that object's box.
+        numbers: (P,) that object's number in its image.
     """
 
     boxes: Tensor
     labels: Tensor
     targets: Tensor
+    numbers: Tensor
+
+
+@dataclass
+class RoiOutput(HeadOutput):
+    """What the second stage gives in training.
+
+    Attributes:
+        samples: the regions of each image that it was trained on.
+    """
+
+    samples: list[RoiSamples]
 
 
 class Rcnn(nn.Module):
@@ -60,14 +74,14 @@ class Rcnn(nn.Module):
 
     def forward(
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
-    ) -> HeadOutput:
+    ) -> RoiOutput:
         """Losses ``rcnn_cls`` and ``rcnn_giou`` on sampled proposals, and which were positive."""
         samples = self.sample(proposals, targets)
         features = self.roi_features(pyramid, [s.boxes for s in samples])
         logits, deltas = self.predict(features)
         means = features.mean((2, 3)).split([len(s.boxes) for s in samples])
         positives = [_positives(s, of_image) for s, of_image in zip(samples, means, strict=True)]
-        return HeadOutput(self._losses(logits, deltas, samples), positives)
+        return RoiOutput(self._losses(logits, deltas, samples), positives, samples)
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Targets]) -> list[RoiSamples]:
@@ -87,7 +101,9 @@ class Rcnn(nn.Module):
             chosen = torch.cat((positive, negative)).to(boxes.device)
             matched = numbers[positive].to(boxes.device)
             candidates = torch.cat((t.boxes, boxes))
-            samples.append(RoiSamples(candidates[chosen], t.labels[matched], t.boxes[matched]))
+            samples.append(
+                RoiSamples(candidates[chosen], t.labels[matched], t.boxes[matched], matched)
+            )
         return samples
 
     def roi_features(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
@@ -97,20 +113,13 @@ class Rcnn(nn.Module):
             pyramid: (B, C, h, w) maps of ``strides``.
             boxes: (n, 4) xyxy pixels of each image.
         """
-        image = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
-        regions = torch.cat((image, torch.cat(list(boxes))), dim=1)
-        side = areas(regions[:, 1:]).sqrt()
-        level = (side / self.config.finest_scale + 1e-6).log2().floor()
-        level = level.clamp(0, len(self.strides) - 1)
-        size = self.config.roi_size
-        features, order = [], []
-        for i, (feature, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
-            index = (level == i).nonzero().squeeze(1)
-            order.append(index)
-            features.append(
-                roi_align(feature.float(), regions[index], size, 1 / stride, -1, aligned=True)
-            )
-        return torch.cat(features)[torch.cat(order).argsort()]
+        return region_features(
+            pyramid,
+            self.strides,
+            boxes,
+            size=self.config.roi_size,
+            finest_scale=self.config.finest_scale,
+        )
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (R, classes + 1), background last, and deltas (R, classes, 4)."""

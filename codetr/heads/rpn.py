@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from codetr.boxes import decode_deltas, encode_deltas, pairwise_iou
+from codetr.boxes import decode_deltas, encode_deltas
 from codetr.config import RpnConfig
 from codetr.distributed import normaliser
-from codetr.heads.anchors import Anchors, anchors_for
+from codetr.heads.anchors import Anchors, anchors_for, octave_scales
 from codetr.heads.dense import flatten_maps, init_convs, top_per_level
 from codetr.losses import binary_cross_entropy, l1_loss
-from codetr.matching.max_iou import match_max_iou
+from codetr.matching.max_iou import match_anchors
 from codetr.matching.objects import pad_objects
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Size, Targets
@@ -43,7 +43,7 @@ class Rpn(nn.Module):
         super().__init__()
         self.config, self.strides = config, tuple(strides)
         octaves = config.anchor_scales_per_octave
-        self.scales = [config.octave_base_scale * 2 ** (i / octaves) for i in range(octaves)]
+        self.scales = octave_scales(config.octave_base_scale, octaves)
         shapes = octaves * len(config.ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.cls = nn.Conv2d(channels, shapes, 1)
@@ -85,12 +85,14 @@ class Rpn(nn.Module):
     def assign(self, anchors: Anchors, sizes: Sequence[Size], targets: Sequence[Targets]) -> Tensor:
         """(B, N) the object of each anchor, ``BACKGROUND`` or ``IGNORED``."""
         objects, _ = pad_objects(targets)
-        assigned = []
-        # Image by image: the IoU of a whole crowded batch with 200,000 anchors takes gigabytes.
-        for boxes, valid in zip(objects, anchors.valid(sizes), strict=True):
-            overlaps = pairwise_iou(boxes, anchors.boxes).masked_fill(~valid, -1.0)
-            assigned.append(match_max_iou(overlaps, positive=0.7, negative=0.3, low_quality=0.3))
-        return torch.stack(assigned)
+        return match_anchors(
+            anchors.boxes,
+            anchors.valid(sizes),
+            objects,
+            positive=0.7,
+            negative=0.3,
+            low_quality=0.3,
+        )
 
     def sample(self, assigned: Tensor, targets: Sequence[Targets]) -> list[tuple[Tensor, Tensor]]:
         """Sampled positives and negatives of each image, ascending, on the CPU."""

@@ -1,11 +1,22 @@
-"""Multi-scale deformable attention: the definition, in plain PyTorch."""
+"""Multi-scale deformable attention: one function, computed by plain PyTorch or by Triton kernels.
+
+Both implementations are operators of ``torch.library``: torch.compile and torch.export see one node
+with a known shape. ``codetr::deformable_attention`` decides when it runs who computes it.
+"""
+
+# ruff: noqa: ARG001, PLR0917 - an operator and its fake have one signature, of many tensors
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from codetr.ops import definition
+from codetr.ops.switch import VARIABLE, uses_triton
 from codetr.structures import Size
 
 
@@ -15,7 +26,13 @@ def deformable_attention(
     """Weighted sum of bilinear samples of ``value`` (Deformable DETR, equation 3).
 
     Samples outside a map read zeros, as beyond an edge padded with zeros; a location of (0, 0) is
-    the outer corner of the first cell and (1, 1) that of the last.
+    the outer corner of the first cell and (1, 1) that of the last. An infinite location is outside.
+    A location that is NaN makes the result of its query and head NaN, so that a loss shows it; the
+    gradient of ``value`` gets nothing from it.
+
+    Autocast changes no type here: what comes in bf16 is read, and goes out, in bf16. Gradients are
+    of first order. On a GPU the gradient of ``value`` is added up in no fixed order, unless
+    ``torch.use_deterministic_algorithms(True)``.
 
     Args:
         value: (B, T, H, D), the maps of all levels flattened and laid end to end; H heads.
@@ -25,25 +42,255 @@ def deformable_attention(
 
     Returns:
         (B, Q, H * D) of ``value``'s dtype; sampled and added up in float32 at least.
-    """
-    batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
-    # bf16 cannot tell neighbouring cells of a large map apart: sample and add up in float32.
-    exact = torch.promote_types(value.dtype, torch.float32)
-    # Queries innermost: there are many, and few points; what runs over long rows vectorises.
-    maps = value.to(exact).permute(0, 2, 3, 1).flatten(0, 1)  # (B H, D, T)
-    grids = (2 * locations.to(exact) - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)
-    shares = weights.to(exact).permute(0, 2, 3, 4, 1).flatten(0, 1)[:, None]  # (B H, 1, L, P, Q)
 
-    result = maps.new_zeros(batch * heads, channels, queries)
-    for level, level_map in enumerate(maps.split([h * w for h, w in shapes], dim=2)):
-        sampled = functional.grid_sample(
-            level_map.unflatten(2, shapes[level]),
-            grids[:, level],  # (B H, P, Q, 2)
-            mode="bilinear",
-            padding_mode="zeros",
-            align_corners=False,
-        )  # (B H, D, P, Q)
-        result = result + (sampled * shares[:, :, level]).sum(2)
-    result = result.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
-    return result.to(value.dtype)
+    Raises:
+        ValueError: the arguments' sizes contradict one another.
+        RuntimeError: a kernel fails; the message names the switch to plain PyTorch.
+    """
+    _check(value, shapes, locations, weights)
+    return _attention(value, _flat(shapes), locations, weights)
+
+
+def deformable_attention_fused(
+    value: Tensor,
+    shapes: list[Size],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """:func:`deformable_attention` at ``centers + offsets * scales``, weighted by softmax.
+
+    The kernels compute locations and softmax on their way and store neither; plain PyTorch computes
+    them first, in float32 at least.
+
+    Args:
+        value: (B, T, H, D), as of :func:`deformable_attention`, like ``shapes``.
+        centers: (B, Q, levels, 2), (x, y) in fractions of each map.
+        scales: (B, Q, levels, 2), or broadcastable to it: what an offset of one moves.
+        offsets: (B, Q, H, levels, P, 2).
+        logits: (B, Q, H, levels, P), of a softmax over levels and points jointly.
+
+    Returns, raises:
+        As :func:`deformable_attention`.
+    """
+    _check(value, shapes, offsets, logits)
+    batch, queries, _, levels, points, _ = offsets.shape
+    if centers.shape != (batch, queries, levels, 2):
+        raise ValueError(
+            f"centers {tuple(centers.shape)} do not fit offsets {tuple(offsets.shape)}"
+        )
+    if uses_triton(value.device):
+        return _fused(value, _flat(shapes), centers, scales.expand(centers.shape), offsets, logits)
+    exact = torch.promote_types(value.dtype, torch.float32)
+    locations = _locations(centers, scales, offsets, exact)
+    weights = logits.flatten(3).softmax(-1, dtype=exact).unflatten(3, (levels, points))
+    return _attention(value, _flat(shapes), locations, weights)
+
+
+def _locations(centers: Tensor, scales: Tensor, offsets: Tensor, exact: torch.dtype) -> Tensor:
+    """(B, Q, H, levels, P, 2): centers + offsets * scales."""
+    levels, points, _ = offsets.shape[3:]
+
+    def wide(frame: Tensor) -> Tensor:
+        """(..., 1, levels * P * 2): rows as long as those of the offsets broadcast faster."""
+        frame = frame.to(exact).expand(*frame.shape[:-2], levels, 2)
+        return frame[..., None, :].expand(*frame.shape[:-1], points, 2).flatten(-3).unsqueeze(-2)
+
+    flat = torch.addcmul(wide(centers), offsets.to(exact).flatten(3), wide(scales))
+    return flat.unflatten(3, (levels, points, 2))
+
+
+def _check(value: Tensor, shapes: list[Size], places: Tensor, scores: Tensor) -> None:
+    """The kernels trust what they are given: an index out of bounds would be read."""
+    tokens = sum(height * width for height, width in shapes)
+    if value.dim() != 4 or value.shape[1] != tokens:
+        raise ValueError(
+            f"value {tuple(value.shape)} is no (B, T, H, D) with T = {tokens}, the cells of the "
+            f"maps {shapes}"
+        )
+    batch, _, heads, _ = value.shape
+    if places.dim() != 6 or (places.shape[0], *places.shape[2:4], places.shape[5]) != (
+        batch,
+        heads,
+        len(shapes),
+        2,
+    ):
+        raise ValueError(
+            f"locations or offsets {tuple(places.shape)} are no (B, Q, H, levels, P, 2) for value "
+            f"{tuple(value.shape)} and {len(shapes)} levels"
+        )
+    if scores.shape != places.shape[:-1]:
+        raise ValueError(
+            f"weights or logits {tuple(scores.shape)} are not one for each of locations or offsets "
+            f"{tuple(places.shape)}"
+        )
+
+
+def _flat(shapes: list[Size]) -> list[int]:
+    return [side for shape in shapes for side in shape]
+
+
+def _pairs(sizes: list[int]) -> list[Size]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+@contextmanager
+def _named() -> Iterator[Any]:
+    """The kernels; what fails in them names the switch."""
+    try:
+        from codetr.ops import triton_kernels
+
+        yield triton_kernels
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"the Triton kernel of deformable attention failed ({type(error).__name__}: {error}); "
+            f"{VARIABLE}=reference computes it in plain PyTorch, several times slower"
+        ) from error
+
+
+# The operators ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("codetr::deformable_attention", mutates_args=())
+def _attention(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    if not uses_triton(value.device):
+        return definition.attend(value, _pairs(sizes), locations, weights)
+    with _named() as kernels:
+        return kernels.forward(value, _pairs(sizes), locations, weights)
+
+
+@torch.library.custom_op("codetr::deformable_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (grad, value, _pairs(sizes), locations, weights)
+    if not uses_triton(value.device):
+        return definition.gradients(*inputs)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with _named() as kernels:
+        of_value, *others = kernels.backward(*inputs, with_value=not deterministic)
+    if deterministic:
+        of_value = definition.gradient_of_value(*inputs)
+    return of_value, *others
+
+
+@torch.library.custom_op("codetr::deformable_attention_fused", mutates_args=())
+def _fused(
+    value: Tensor,
+    sizes: list[int],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    with _named() as kernels:
+        return kernels.fused_forward(value, _pairs(sizes), centers, scales, offsets, logits)
+
+
+@torch.library.custom_op("codetr::deformable_attention_fused_backward", mutates_args=())
+def _fused_backward(
+    grad: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    with_frame: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, centers, scales, offsets and logits; empty ones unless with_frame."""
+    shapes = _pairs(sizes)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with _named() as kernels:
+        of_value, of_offsets, of_logits, of_locations = kernels.fused_backward(
+            grad,
+            value,
+            shapes,
+            centers,
+            scales,
+            offsets,
+            logits,
+            with_value=not deterministic,
+            with_frame=with_frame,
+        )
+    if deterministic:
+        exact = torch.promote_types(value.dtype, torch.float32)
+        locations = _locations(centers, scales, offsets, exact)
+        weights = logits.flatten(3).softmax(-1, dtype=exact).view(logits.shape)
+        of_value = definition.gradient_of_value(grad, value, shapes, locations, weights)
+    if with_frame:
+        of_centers = of_locations.sum((2, 4)).to(centers.dtype)
+        of_scales = (of_locations * offsets).sum((2, 4)).to(scales.dtype)
+    else:
+        of_centers, of_scales = centers.new_empty(0), scales.new_empty(0)
+    return of_value, of_centers, of_scales, of_offsets, of_logits
+
+
+# What tracing, autograd and autocast need to know of them -----------------------------------------
+
+
+def _fake_forward(value: Tensor, sizes: list[int], *others: Tensor) -> Tensor:
+    """Locations or offsets are the last but one."""
+    queries = others[-2].shape[1]
+    return value.new_empty(value.shape[0], queries, value.shape[2] * value.shape[3])
+
+
+_attention.register_fake(_fake_forward)
+_fused.register_fake(_fake_forward)
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_like(tensor) for tensor in (value, locations, weights))
+
+
+@_fused_backward.register_fake
+def _(
+    grad: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    with_frame: bool,
+) -> tuple[Tensor, ...]:
+    frame = [_empty_like(t) if with_frame else t.new_empty(0) for t in (centers, scales)]
+    return (_empty_like(value), *frame, _empty_like(offsets), _empty_like(logits))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sizes, *others = inputs
+    ctx.save_for_backward(value, *others)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = ctx.saved_tensors
+    of_value, of_locations, of_weights = _attention_backward(
+        grad, value, ctx.sizes, locations, weights
+    )
+    return of_value, None, of_locations, of_weights
+
+
+def _differentiate_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, *others = ctx.saved_tensors
+    with_frame = any(ctx.needs_input_grad[2:4])
+    of_value, *of_frame, of_offsets, of_logits = _fused_backward(
+        grad, value, ctx.sizes, *others, with_frame
+    )
+    if not with_frame:
+        of_frame = [None, None]
+    return of_value, None, *of_frame, of_offsets, of_logits
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+_fused.register_autograd(_differentiate_fused, setup_context=_keep)

@@ -17,18 +17,33 @@ from codetr.transformer.positions import encode_boxes
 
 
 class PositiveQueries(nn.Module):
-    """Makes the query group of one auxiliary head (section 3.3, equation 4)."""
+    """Makes the query group of one auxiliary head (section 3.3, equation 4).
 
-    def __init__(self, config: PositiveQueryConfig, channels: int, num_classes: int) -> None:
+    Boxes are transformed to content and position; with ``dynamic_anchors`` to content alone,
+    because the decoder computes positions (method.md 53).
+    """
+
+    def __init__(
+        self,
+        config: PositiveQueryConfig,
+        channels: int,
+        num_classes: int,
+        *,
+        dynamic_anchors: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.num_classes = config, num_classes
-        self.position = nn.Linear(2 * channels, 2 * channels)
-        self.position_norm = nn.LayerNorm(2 * channels)
+        self.config, self.num_classes, self.channels = config, num_classes, channels
+        embedded = channels if dynamic_anchors else 2 * channels
+        self.position = nn.Linear(2 * channels, embedded)
+        self.position_norm = nn.LayerNorm(embedded)
         nn.init.xavier_uniform_(self.position.weight)
         if config.features:
             self.feature = nn.Linear(channels, channels)
             self.feature_norm = nn.LayerNorm(channels)
             nn.init.xavier_uniform_(self.feature.weight)
+        if dynamic_anchors:
+            self.head_embedding = None
+            return
         # Tells the decoder which head a query comes from. The original declares one scalar for
         # each head instead of a vector (method.md 53).
         self.head_embedding = nn.Parameter(torch.zeros(1 if config.official_defects else channels))
@@ -51,6 +66,8 @@ class PositiveQueries(nn.Module):
         chosen = self._choose(name, positives, targets)
         boxes = _gather([p.boxes for p in positives], chosen.candidates)
         boxes = (xyxy_to_cxcywh(boxes) / extents(sizes, boxes)[:, None]).detach()
+        if self.config.padding == "zeros":
+            boxes = boxes * chosen.valid[..., None]
         content, position = self._embed(boxes, positives, chosen)
         objects = xyxy_to_cxcywh(chosen.objects) / extents(sizes, boxes)[:, None]
         is_object = chosen.labels < self.num_classes
@@ -64,20 +81,24 @@ class PositiveQueries(nn.Module):
                 boxes=objects * is_object[..., None],
                 label_weights=chosen.valid.float(),
             ),
-            valid=chosen.valid if chosen.padded else None,
+            valid=chosen.valid if chosen.padded and self.config.padding != "zeros" else None,
         )
 
     def _embed(
         self, boxes: Tensor, positives: Sequence[Positives], chosen: _Chosen
-    ) -> tuple[Tensor, Tensor]:
-        """Content and position (B, Q, C) of equation 4."""
-        encoding = encode_boxes(boxes.clamp(0, 1), self.position.out_features // 4)
-        embedded = self.position_norm(self.position(encoding.to(self.position.weight.dtype)))
-        position, content = embedded.chunk(2, dim=-1)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Content (B, Q, C) of equation 4, and position unless the decoder computes it."""
+        encoding = encode_boxes(boxes.clamp(0, 1), self.channels // 2)
+        content = self.position_norm(self.position(encoding.to(self.position.weight.dtype)))
+        position = None
+        if self.head_embedding is not None:
+            position, content = content.chunk(2, dim=-1)
+            position = position + self.head_embedding
         if self.config.features:
-            features = _gather([p.features for p in positives], chosen.candidates)
+            rows = chosen.candidates // positives[0].per_feature
+            features = _gather([p.features for p in positives], rows)
             content = content + self.feature_norm(self.feature(features))
-        return content, position + self.head_embedding
+        return content, position
 
     def _choose(
         self, name: str, positives: Sequence[Positives], targets: Sequence[Targets]

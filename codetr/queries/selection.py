@@ -23,8 +23,9 @@ class Selection:
 
     Attributes:
         group: the queries; their targets are found by Hungarian matching.
-        proposals: the encoder's prediction at every token as one layer, logits (1, B, T, classes),
-            boxes (1, B, T, 4) normalised cxcywh; None in one-stage detectors.
+        proposals: what the encoder's loss trains, as one layer: logits (1, B, n, classes) and boxes
+            (1, B, n, 4) normalised cxcywh, at every token or, where tokens are ranked by their best
+            class, at the selected ones; None in one-stage detectors.
         tokens: (B, Q) which tokens became queries, best first; None in one-stage detectors.
     """
 
@@ -62,10 +63,7 @@ class LearnedQueries(nn.Module):
 
 
 class TwoStageQueries(nn.Module):
-    """Queries start from the encoder tokens most likely to hold an object (method.md 14-17).
-
-    Tokens are ranked by the logit of class 0, which the encoder's loss trains as "any object".
-    """
+    """Queries start from the encoder tokens most likely to hold an object (method.md 14-18)."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -75,9 +73,12 @@ class TwoStageQueries(nn.Module):
         self.project_norm = nn.LayerNorm(channels)
         self.classify = classification_branch(channels, config.num_classes)
         self.regress = box_branch(channels)
-        self.position = nn.Linear(2 * channels, 2 * channels)
-        self.position_norm = nn.LayerNorm(2 * channels)
-        for layer in (self.project, self.position):
+        layers = [self.project]
+        if not self.config.dynamic_anchors:
+            self.position = nn.Linear(2 * channels, 2 * channels)
+            self.position_norm = nn.LayerNorm(2 * channels)
+            layers.append(self.position)
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
         if self.config.mixed_selection:
             self.content = nn.Embedding(self.config.count, channels)
@@ -85,16 +86,32 @@ class TwoStageQueries(nn.Module):
     def forward(self, memory: Memory) -> Selection:
         logits, unactivated = self._propose(memory)
         count = min(self.config.count, logits.shape[1])
-        tokens = logits[..., 0].topk(count, dim=1).indices
-        selected = unactivated.gather(1, tokens[..., None].expand(-1, -1, 4)).detach().sigmoid()
-        encoding = encode_boxes(selected, self.project.out_features // 2)
-        embedded = self.position_norm(self.position(encoding.to(memory.tokens.dtype)))
-        position, content = embedded.chunk(2, dim=-1)
-        if self.config.mixed_selection:
-            content = self.content.weight[:count].expand(len(tokens), -1, -1)
-        group = QueryGroup(QUERY, content=content, position=position, reference=selected)
-        proposals = GroupPrediction(logits[None], unactivated.sigmoid()[None])
+        objectness = self.config.rank_by == "objectness"
+        scores = logits[..., 0] if objectness else logits.amax(-1)
+        tokens = scores.topk(count, dim=1).indices
+        selected = unactivated.gather(1, tokens[..., None].expand(-1, -1, 4))
+        reference = selected.detach().sigmoid()
+        content, position = self._embed(reference, memory)
+        group = QueryGroup(QUERY, content=content, position=position, reference=reference)
+        if objectness:
+            proposals = GroupPrediction(logits[None], unactivated.sigmoid()[None])
+        else:
+            of_selected = tokens[..., None].expand(-1, -1, logits.shape[-1])
+            logits = logits.gather(1, of_selected)
+            proposals = GroupPrediction(logits[None], selected.sigmoid()[None])
         return Selection(group, proposals, tokens)
+
+    def _embed(self, boxes: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """Content of the selected boxes (B, Q, 4), and position unless the decoder computes it."""
+        position = None
+        if not self.config.dynamic_anchors:
+            encoding = encode_boxes(boxes, self.project.out_features // 2)
+            embedded = self.position_norm(self.position(encoding.to(memory.tokens.dtype)))
+            position, content = embedded.chunk(2, dim=-1)
+        if self.config.mixed_selection:
+            batch, count, _ = boxes.shape
+            content = self.content.weight[:count].expand(batch, -1, -1)
+        return content, position
 
     def _propose(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """Class logits (B, T, classes) and box logits (B, T, 4) of every token; the memory of

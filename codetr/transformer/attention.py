@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codetr.ops import deformable_attention
+from codetr.ops import deformable_attention_fused
 from codetr.structures import Memory
 
 
@@ -85,21 +85,18 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, frame: SamplingFrame, memory: Memory) -> Tensor:
         """(B, Q, C) from queries (B, Q, C), positions added. Padded tokens have value zero."""
         shape = (self.heads, self.levels, self.points)
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0.0)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*shape, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1))
-        weights = weights.softmax(dim=-1).unflatten(-1, shape[1:])
-        locations = (
-            frame.centers[:, :, None, :, None] + offsets * frame.scales[..., None, :, None, :]
-        )
-        attended = deformable_attention(
-            value.unflatten(-1, (self.heads, -1)), memory.shapes, locations, weights
+        value = self.value_proj(memory.tokens).masked_fill_(memory.padding[..., None], 0.0)
+        attended = deformable_attention_fused(
+            value.unflatten(-1, (self.heads, -1)),
+            memory.shapes,
+            frame.centers,
+            frame.scales,
+            self.sampling_offsets(query).unflatten(-1, (*shape, 2)),
+            self.attention_weights(query).unflatten(-1, shape),
         )
         return self.output_proj(attended)
 
 
 def feed_forward(channels: int, hidden: int) -> nn.Sequential:
     """The transformer's two-layer perceptron."""
-    # In place: the widest activation of a layer, and no gradient needs its values before the ReLU.
-    activation = nn.ReLU(inplace=True)
-    return nn.Sequential(nn.Linear(channels, hidden), activation, nn.Linear(hidden, channels))
+    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))

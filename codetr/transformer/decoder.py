@@ -12,6 +12,7 @@ from codetr.config import QueryConfig, TransformerConfig
 from codetr.structures import GroupPrediction, Memory, QueryGroup
 from codetr.transfer import tensor_on
 from codetr.transformer.attention import DeformableAttention, SamplingFrame, feed_forward
+from codetr.transformer.positions import encode_boxes
 
 
 class DecoderLayer(nn.Module):
@@ -67,26 +68,36 @@ class Decoder(nn.Module):
             box_branch(config.embed_dim, size_bias=first if index == 0 else 0.0)
             for index in range(branches)
         )
+        if queries.dynamic_anchors:
+            self.anchor_position = anchor_perceptron(config.embed_dim)
+        # One norm for the states of all layers.
+        self.norm = nn.LayerNorm(config.embed_dim) if queries.norm_states else nn.Identity()
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> dict[str, GroupPrediction]:
         """Predictions of every layer for every group, by the group's name."""
         content = torch.cat([group.content for group in groups], dim=1)
-        position = torch.cat([group.position for group in groups], dim=1)
+        position = _own_positions(groups)
         reference = torch.cat([group.reference for group in groups], dim=1)
         is_point = _point_references(groups)
         blocked = attention_mask(groups, self.config.attention_heads)
 
-        logits, boxes = [], []
+        logits, boxes, eps = [], [], self.queries.logit_eps
         visible_reference = reference  # what the next layer's boxes are gradients of
         for index, layer in enumerate(self.layers):
             frame = SamplingFrame.of_boxes(reference, is_point, memory, self.config.sampling_points)
+            if self.queries.dynamic_anchors:
+                position = self._anchor_positions(reference, memory)
+            assert position is not None
             content = layer(content, position, frame, memory, blocked)
             branch = index if self.queries.box_refinement else 0
-            delta = self.regress[branch](content).float()
-            logits.append(self.classify[branch](content))
-            boxes.append((delta + inverse_sigmoid(visible_reference)).sigmoid())
+            state = self.norm(content)
+            delta = self.regress[branch](state).float()
+            logits.append(self.classify[branch](state))
+            boxes.append((delta + inverse_sigmoid(visible_reference, eps)).sigmoid())
             if self.queries.box_refinement:
-                reference = (delta + inverse_sigmoid(reference.detach())).sigmoid()
+                if self.queries.norm_states:
+                    delta = self.regress[branch](content).float()
+                reference = (delta + inverse_sigmoid(reference.detach(), eps)).sigmoid()
                 visible_reference = (
                     reference if self.queries.look_forward_twice else reference.detach()
                 )
@@ -102,23 +113,37 @@ class Decoder(nn.Module):
             )
         }
 
+    def _anchor_positions(self, reference: Tensor, memory: Memory) -> Tensor:
+        """(B, Q, C) from boxes (B, Q, 4) (DAB-DETR, section 4.3; method.md 18).
+
+        They are encoded in fractions of the finest padded map, in the order y, x, width, height.
+        """
+        boxes = reference * memory.valid_ratios[:, :1].repeat(1, 1, 2)
+        encoding = encode_boxes(boxes[..., [1, 0, 2, 3]], self.config.embed_dim // 2)
+        return self.anchor_position(encoding.to(memory.tokens.dtype))
+
 
 def attention_mask(groups: list[QueryGroup], heads: int) -> Tensor | None:
     """Which queries may not attend to which.
 
-    A group sees itself and the groups named in ``sees``; nobody sees a query that is mere padding,
-    apart from that query itself, whose softmax would otherwise be empty.
+    A group sees itself and the groups named in ``sees``; its ``parts`` do not see one another, and
+    nobody sees a query that is mere padding, apart from that query itself, whose softmax would
+    otherwise be empty.
 
     Returns:
         bool, True where blocked: (Q, Q), or (B * heads, Q, Q) where padding differs between
         images, or None where every query sees every other.
     """
-    if len(groups) == 1 and groups[0].valid is None:
+    if len(groups) == 1 and groups[0].valid is None and groups[0].parts == 1:
         return None
     device = groups[0].content.device
     owner = torch.cat([torch.full((g.count,), i, device=device) for i, g in enumerate(groups)])
+    part = torch.cat(
+        [torch.arange(g.parts, device=device).repeat_interleave(g.count // g.parts) for g in groups]
+    )
     sees = tensor_on(device, [[a is b or b.name in a.sees for b in groups] for a in groups])
     blocked = ~sees[owner][:, owner]
+    blocked |= (owner[:, None] == owner) & (part[:, None] != part)
     if all(group.valid is None for group in groups):
         return blocked
     valid = torch.cat(
@@ -133,6 +158,12 @@ def attention_mask(groups: list[QueryGroup], heads: int) -> Tensor | None:
     itself = torch.eye(len(owner), dtype=torch.bool, device=device)
     blocked = (blocked | ~valid[:, None, :]) & ~itself
     return blocked.repeat_interleave(heads, dim=0)
+
+
+def _own_positions(groups: list[QueryGroup]) -> Tensor | None:
+    """(B, Q, C) positions that the groups bring along; None where the decoder computes them."""
+    positions = [group.position for group in groups if group.position is not None]
+    return torch.cat(positions, dim=1) if positions else None
 
 
 def _point_references(groups: list[QueryGroup]) -> Tensor | None:
@@ -150,6 +181,14 @@ def classification_branch(channels: int, num_classes: int) -> nn.Linear:
     return branch
 
 
+def anchor_perceptron(channels: int) -> nn.Sequential:
+    """From the sine encoding of a box, (..., 2 * channels), to a position (..., channels)."""
+    first, last = nn.Linear(2 * channels, channels), nn.Linear(channels, channels)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight)
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
 def box_branch(channels: int, size_bias: float = 0.0) -> nn.Sequential:
     """Three-layer perceptron to a change of box logits (cx, cy, w, h).
 
@@ -159,5 +198,5 @@ def box_branch(channels: int, size_bias: float = 0.0) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     with torch.no_grad():
         last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-    hidden = (nn.Linear(channels, channels), nn.ReLU(inplace=True))
-    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(inplace=True), last)
+    hidden = (nn.Linear(channels, channels), nn.ReLU())
+    return nn.Sequential(*hidden, nn.Linear(channels, channels), nn.ReLU(), last)

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from codetr.config import AtssConfig, DetectorConfig, FasterRcnnConfig
+from codetr.zoo.backbone_names import (
+    PREFIXES,
+    backbone_from_official,
+    backbone_to_official,
+    derived_buffers,
+)
 
 State = dict[str, Tensor]
 Prefixes = list[tuple[str, str]]
@@ -26,53 +32,57 @@ def from_official_names(state: Mapping[str, Tensor], config: DetectorConfig) -> 
 
     Args:
         state: the official detector's parameters and buffers.
-        config: of the same detector; ``positive_queries.official_defects`` must be set.
+        config: of the same detector; where queries keep their positions (Co-Deformable-DETR),
+            ``positive_queries.official_defects`` must be set.
 
     Raises:
         KeyError: names that this detector does not have, all of them.
     """
-    state = dict(state)
-    embeddings = state.pop(_HEAD_EMBEDDING, torch.empty(0, 1))
-    renamed = _rename(state, prefixes(config))
+    images, rest = _split(state)
+    embeddings = rest.pop(_HEAD_EMBEDDING, torch.empty(0, 1))
+    renamed = backbone_from_official(images, config) | _rename(rest, prefixes(config))
     for index, embedding in enumerate(embeddings):
         renamed[_OUR_HEAD_EMBEDDING.format(index)] = embedding
     return renamed
 
 
 def to_official_names(state: Mapping[str, Tensor], config: DetectorConfig) -> State:
-    """The inverse of :func:`from_official_names`."""
-    state = dict(state)
+    """The inverse of :func:`from_official_names`, with the buffers that official files hold."""
+    images, rest = _split(state)
     ours = [_OUR_HEAD_EMBEDDING.format(index) for index in range(config.k)]
-    embeddings = [state.pop(name) for name in ours if name in state]
-    renamed = _rename(state, [(our, official) for official, our in prefixes(config)])
+    embeddings = [rest.pop(name) for name in ours if name in rest]
+    renamed = _rename(rest, [(our, official) for official, our in prefixes(config)])
     if embeddings:
         renamed[_HEAD_EMBEDDING] = torch.stack(embeddings)
-    return renamed
+    return backbone_to_official(images, config) | derived_buffers(config) | renamed
+
+
+def _split(state: Mapping[str, Tensor]) -> tuple[State, State]:
+    """Backbone and neck, and all else."""
+    images = {name: value for name, value in state.items() if name.startswith(PREFIXES)}
+    return images, {name: value for name, value in state.items() if name not in images}
 
 
 def prefixes(config: DetectorConfig) -> Prefixes:
-    """(official, ours): how the names of each part of the detector begin."""
+    """(official, ours): how the names of each part behind the neck begin."""
+    return [*_query_head(config), *_heads(config)]
+
+
+def _query_head(config: DetectorConfig) -> Prefixes:
+    """What reads the neck's maps: encoder, decoder, queries, and the heads' adapter."""
     layers = config.transformer.decoder_layers
+    content = "transformer.query_embed" if config.queries.dynamic_anchors else "query_embedding"
     return [
-        ("backbone.", "backbone.body."),
-        *_neck(config),
         *_transformer(config),
         # The branch beyond those of the decoder layers is the encoder's.
         (f"query_head.cls_branches.{layers}.", "queries.classify."),
         (f"query_head.reg_branches.{layers}.", "queries.regress."),
         ("query_head.cls_branches.", "decoder.classify."),
         ("query_head.reg_branches.", "decoder.regress."),
-        ("query_head.query_embedding.", "queries.content."),
+        (f"query_head.{content}.", "queries.content."),
+        ("query_head.label_embedding.", "denoising.label_embedding."),
         ("query_head.downsample.", "adapter.downsample."),
-        *_heads(config),
     ]
-
-
-def _neck(config: DetectorConfig) -> Iterable[tuple[str, str]]:
-    for index in range(config.transformer.levels):
-        for official, ours in (("convs", "lateral"), ("extra_convs", "extra")):
-            yield f"neck.{official}.{index}.conv.", f"neck.{ours}.{index}.0."
-            yield f"neck.{official}.{index}.gn.", f"neck.{ours}.{index}.1."
 
 
 def _transformer(config: DetectorConfig) -> Iterable[tuple[str, str]]:
@@ -98,6 +108,8 @@ def _transformer(config: DetectorConfig) -> Iterable[tuple[str, str]]:
                 ("norms.", "norms."),
             ):
                 yield f"{root}.{part}.layers.{layer}.{official}", f"{part}.layers.{layer}.{ours}"
+    yield f"{root}.decoder.ref_point_head.", "decoder.anchor_position."
+    yield f"{root}.decoder.norm.", "decoder.norm."
     yield f"{root}.enc_output.", "queries.project."
     yield f"{root}.enc_output_norm.", "queries.project_norm."
     yield f"{root}.pos_trans.", "queries.position."
@@ -143,7 +155,7 @@ def _atss(official: str, ours: str, head: AtssConfig, levels: int) -> Iterable[t
             yield f"{official}.{branch}_convs.{conv}.gn.", f"{ours}.{branch}_tower.{conv}.norm."
     yield f"{official}.atss_cls.", f"{ours}.cls."
     yield f"{official}.atss_reg.", f"{ours}.reg."
-    yield f"{official}.atss_centerness.", f"{ours}.centerness."
+    yield f"{official}.atss_centerness.", f"{ours}.quality."
     for level in range(levels):
         yield f"{official}.scales.{level}.scale", f"{ours}.scales.{level}"
 

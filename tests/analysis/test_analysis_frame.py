@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from analysis_samples import BOTH, CLASSES, checkpoint_of, dataset, subject
+from analysis_samples import BOTH, CLASSES, DATA, checkpoint_of, dataset, subject
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_training import tiny_detector
+from tiny_training import FASTER_RCNN, tiny_detector
 
 from codetr.analysis import CATALOGUE, analysis
 from codetr.analysis.frame import (
@@ -25,7 +25,8 @@ from codetr.analysis.frame import (
     spread,
 )
 from codetr.analysis.instability import Instability, courses
-from codetr.data import Classes, DataError
+from codetr.data import Classes, DataError, open_dataset
+from codetr.data.digits import make_digits
 from codetr.matching.stability import instability
 from orchestrator.experiment import paper_tables
 
@@ -206,3 +207,24 @@ def test_some_images_only(data, detectors) -> None:
     )
     assert found.facts["images"] == 3
     assert seen[-1] == (3, 3)
+
+
+def test_every_kind_of_head_takes_part(tmp_path) -> None:
+    """K = 7; Mask R-CNN's masks are there where heads are trained."""
+    heads = (*BOTH, "paa", "gfl", "fcos", "retinanet", {**FASTER_RCNN, "type": "mask_rcnn"})
+    one = subject(*heads)
+    plain = dataset(tmp_path, [(48, 64)] * 2)
+    found = measure(analysis("conflicts"), one, plain)
+    assert found.arrays["matrix"].shape == (8, 8)
+    assert found.numbers["conflict"] > 0
+    assert found.numbers["distance/mask_rcnn"] > 0
+    with pytest.raises(ValueError, match="has no masks"):
+        measure(analysis("queries"), one, plain)
+    assert analysis("queries").trains_heads
+    folder = make_digits(tmp_path / "digits", train_images=1, val_images=2, size=64)
+    data = open_dataset(DATA.model_copy(update={"path": folder}), "val", masks=True)
+    many = checkpoint_of(one.checkpoint.detector.model_copy(update={"num_classes": 10}))
+    many = replace(many, classes=data.classes)
+    found = measure(analysis("queries"), Subject.of(many, torch.device("cpu")), data)
+    for name in one.model.config.head_names:
+        assert found.numbers[f"positives_per_object/{name}"] > 0

@@ -10,6 +10,8 @@ HERE = Path(__file__).parent
 DEFAULT = [
     HERE / "co_deformable",
     *(HERE / "co_deformable_edge" / case for case in ("empty1", "allempty", "trunc")),
+    HERE / "co_dino",
+    *(HERE / "co_dino_edge" / case for case in ("empty1", "allempty", "trunc", "zeropad")),
 ]
 
 
@@ -27,5 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_folder" in metafunc.fixturenames:
         folders = metafunc.config.getoption("--golden", default=None) or DEFAULT
         metafunc.parametrize(
-            "golden_folder", folders, ids=lambda folder: folder.name, scope="session"
+            "golden_folder",
+            folders,
+            ids=lambda folder: f"{folder.parent.name}-{folder.name}",
+            scope="session",
         )

@@ -12,6 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from recorded import Trace, recorded_draws, recorded_noise, recorded_proposals
+from replay_queries import trace_inference, trace_positive_queries, trace_queries
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,25 +21,33 @@ from codetr.boxes import encode_deltas
 from codetr.config import DetectorConfig, parse
 from codetr.detector import CoDETR
 from codetr.heads import rcnn
-from codetr.heads.atss import AtssHead, centerness_targets
+from codetr.heads.atss import AtssHead
+from codetr.heads.dense import centerness_targets
 from codetr.heads.faster_rcnn import FasterRcnnHead
-from codetr.heads.rpn import Rpn
-from codetr.matching.hungarian import hungarian_layers
 from codetr.matching.max_iou import IGNORED
 from codetr.matching.objects import pad_objects
 from codetr.queries.selection import token_proposals
 from codetr.sampling import sample_balanced
-from codetr.structures import GroupPrediction, ImageBatch, Targets
+from codetr.structures import ImageBatch, Targets
 from codetr.transformer.encoder import cell_centers
 from codetr.transformer.positions import encode_pixels
 from codetr.zoo.official import from_official_names, to_official_names
 
-Trace = dict[str, Tensor]
+# What a detector's name stands for and config.json does not repeat.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "co-deformable-detr": {},
+    "co-dino": {
+        "rank_by": "best_class",
+        "dynamic_anchors": True,
+        "norm_states": True,
+        "logit_eps": 1e-3,
+    },
+}
 
 
 def detector_config(golden: dict[str, Any]) -> DetectorConfig:
     """Our configuration of the detector that a golden ``config.json`` describes."""
-    if golden["detector"] != "co-deformable-detr":
+    if golden["detector"] not in VARIANTS:
         raise ValueError(f"no configuration for detector {golden['detector']!r}")
     # The recorded head weights already carry the factor L * lambda_2 of equation 6.
     factor = golden["decoder_layers"] * golden["lambda_2"]
@@ -82,21 +92,41 @@ def detector_config(golden: dict[str, Any]) -> DetectorConfig:
             "box_refinement": golden["box_refinement"],
             "mixed_selection": golden["mixed_selection"],
             "look_forward_twice": golden["look_forward_twice"],
+            **VARIANTS[golden["detector"]],
         },
+        "denoising": _denoising(golden.get("denoising")),
         "heads": [heads[name] for name in golden["heads"]],
         "positive_queries": positive,
         "lambda_1": golden["lambda_1"],
         "lambda_2": golden["lambda_2"],
-        "query_loss": _box_weights(golden["query_losses"]),
+        "query_loss": {
+            "classification": golden["query_losses"]["cls"],
+            **_box_weights(golden["query_losses"]),
+        },
         "matching_cost": _box_weights(golden["matching"]),
         "max_detections": golden["test"]["max_detections"],
+        "soft_nms": _soft_nms(golden["test"]),
     }
+    assert golden["matching"]["cls"] == "focal"
     return parse(DetectorConfig, config, "config.json")
 
 
 def _box_weights(losses: dict[str, Any]) -> dict[str, float]:
-    assert losses["cls"] == "focal"
     return {term: losses[f"{term}_weight"] for term in ("cls", "l1", "giou")}
+
+
+def _denoising(denoising: dict[str, Any] | None) -> dict[str, Any]:
+    if denoising is None:
+        return {"enabled": False}
+    assert denoising["dynamic_groups"]
+    return {"enabled": True} | {k: v for k, v in denoising.items() if k != "dynamic_groups"}
+
+
+def _soft_nms(test: dict[str, Any]) -> dict[str, Any]:
+    if (soft_nms := test.get("soft_nms")) is None:
+        return {"enabled": False}
+    assert (soft_nms["method"], test["topk"]) == ("linear", "queries")
+    return {"enabled": True} | {k: v for k, v in soft_nms.items() if k != "method"}
 
 
 @dataclass
@@ -148,37 +178,18 @@ def observed(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, .
             hook.remove()
 
 
-@contextmanager
-def recorded_draws(outputs: Trace) -> Iterator[list[str]]:
-    """``torch.randperm`` gives the recorded permutations, in the order they were drawn.
-
-    Yields:
-        the names of the recorded draws that have not been used yet.
-    """
-    names = sorted(name for name in outputs if name.startswith("21_randperm"))
-
-    def randperm(n: int, **_: Any) -> Tensor:
-        # A draw that decides nothing (all candidates are taken) is skipped by us.
-        while names and len(outputs[names[0]]) != n:
-            names.pop(0)
-        assert names, f"no recorded permutation of {n} is left"
-        return outputs[names.pop(0)].long()
-
-    with mock.patch("torch.randperm", randperm):
-        yield names
-
-
 def trace(golden: Golden) -> Trace:
     """Everything that one training step computes, under the names of ``outputs.pt``."""
     model, config = golden.model.train(), golden.model.config
     batch, targets = golden.batch(), golden.targets()
     layers = [*model.encoder.layers, *model.decoder.layers]
-    queries = [model.queries, model.queries.project_norm, *model.positive_queries]
-    queries += [module.feature for module in model.positive_queries]
+    queries = [model.queries, model.queries.project_norm, model.queries.classify]
+    queries += [*model.positive_queries, *([model.denoising] if config.denoising.enabled else [])]
     parts = [model.backbone, model.neck, model.encoder, model.adapter, model.decoder]
     with (
         recorded_draws(golden.outputs) as unused,
-        recorded_proposals(golden) as proposals,
+        recorded_noise(golden.outputs, [len(t) for t in targets]),
+        recorded_proposals(golden.outputs, len(targets), golden.device) as proposals,
         observed(*parts, *layers, *queries, *head_parts(model)) as seen,
     ):
         output = model.losses(batch, targets)
@@ -191,13 +202,15 @@ def trace(golden: Golden) -> Trace:
     result |= {f"10_memory_level.{i}": x for i, x in enumerate(seen[model.adapter][1])}
     result |= trace_queries(model, seen, batch, targets)
     for number in range(config.k):
-        result |= trace_positive_queries(number, golden, seen)
+        result |= trace_positive_queries(number, model, seen, golden.outputs)
     result |= trace_heads(golden, seen, proposals)
     weights = config.loss_weights()
     for name, loss in output.losses.items():
         result[official_loss(name, config)] = weights[name] * loss
     result |= trace_gradients(model)
     result |= trace_downsample(golden)
+    with torch.no_grad():
+        result |= trace_inference(model, batch)
     result["unused_draws"] = torch.zeros(len(unused))
     return {name: value.detach() for name, value in result.items()}
 
@@ -228,104 +241,6 @@ def trace_encoder(model: CoDETR, seen: dict) -> Trace:
         "07_proposals.unact": token_proposals(memory),
         "07_proposals.output_memory_img1_last64": seen[model.queries.project_norm][1][1, -64:],
     }
-
-
-def trace_queries(model: CoDETR, seen: dict, batch: ImageBatch, targets: list[Targets]) -> Trace:
-    selection = seen[model.queries][1]
-    predictions = seen[model.decoder][1]
-    query = predictions["query"]
-    result = {
-        "06_enc_cls_logits": selection.proposals.logits[0],
-        "06_enc_coord_sigmoid": selection.proposals.boxes[0],
-        "08_topk.index": selection.tokens,
-        "08_topk.init_reference": selection.group.reference,
-        "11_cls_logits": query.logits,
-        "11_boxes_cxcywh": query.boxes,
-    }
-    result |= _decoder_tensors("09_dec", model, seen, "query")
-    result["09_dec.in_query"] = result["09_dec.in_query"][:1]
-    any_object = [Targets(t.boxes, torch.zeros_like(t.labels)) for t in targets]
-    result |= _matches("enc", selection.proposals, any_object, batch, model)
-    for layer in range(len(query.logits)):
-        one = GroupPrediction(query.logits[layer : layer + 1], query.boxes[layer : layer + 1])
-        result |= _matches(f"layer{layer}", one, targets, batch, model)
-    return result
-
-
-def _matches(
-    name: str, prediction: GroupPrediction, targets: list[Targets], batch: ImageBatch, model: CoDETR
-) -> Trace:
-    cost = model.config.matching_cost
-    (matches,) = hungarian_layers(prediction.logits, prediction.boxes, targets, batch.sizes, cost)
-    result = {}
-    for image, (query, gt) in enumerate(matches):
-        result[f"12_hungarian.{name}.img{image}.query_index"] = query
-        result[f"12_hungarian.{name}.img{image}.gt_index"] = gt
-    return result
-
-
-def _decoder_tensors(prefix: str, model: CoDETR, seen: dict, name: str) -> Trace:
-    """What enters and leaves the decoder for one group."""
-    (groups, _), predictions = seen[model.decoder]
-    start = 0
-    for group in groups:
-        if group.name == name:
-            break
-        start += group.count
-    states = [seen[layer][1][:, start : start + group.count] for layer in model.decoder.layers]
-    return {
-        f"{prefix}.in_query": group.content,
-        f"{prefix}.in_query_pos": group.position,
-        f"{prefix}.in_reference": group.reference,
-        f"{prefix}.out_states": torch.stack(states),
-        # In Co-Deformable-DETR a layer's refined references are its boxes (method.md 22).
-        f"{prefix}.out_references": predictions[name].boxes,
-    }
-
-
-def trace_positive_queries(number: int, golden: Golden, seen: dict) -> Trace:
-    model = golden.model
-    module, prefix = model.positive_queries[number], f"20_aux{number}"
-    (_, positives, _, _), group = seen[module]
-    prediction = seen[model.decoder][1][group.name]
-    is_object = group.targets.labels < model.config.num_classes
-    result = {
-        f"{prefix}.coords_cxcywh": group.reference,
-        f"{prefix}.labels": group.targets.labels,
-        f"{prefix}.targets_cxcywh": group.targets.boxes,
-        f"{prefix}.label_weights": group.targets.label_weights,
-        f"{prefix}.bbox_weights": is_object[..., None].expand(-1, -1, 4).float(),
-        f"{prefix}.cls_logits": prediction.logits,
-        f"{prefix}.boxes_cxcywh": prediction.boxes,
-        f"{prefix}.feats": seen[module.feature][0][0],
-    }
-    for image, p in enumerate(positives):
-        result[f"{prefix}.img{image}.num_pos_before_truncation"] = torch.tensor(len(p.positive))
-        result[f"{prefix}.img{image}.num_neg_candidates"] = torch.tensor(len(p.negative))
-    return result | _decoder_tensors(f"{prefix}.dec", model, seen, group.name)
-
-
-@contextmanager
-def recorded_proposals(golden: Golden) -> Iterator[list[list[Tensor]]]:
-    """The RPN's proposals are the recorded ones, where there are any: the order of near ties among
-    them is fragile, and the random samples depend on it.
-
-    Yields:
-        what the RPN really proposed, one entry for each call.
-    """
-    images = range(len(golden.inputs["gt_bboxes"]))
-    names = [f"15_rpn_proposals.img{i}" for i in images]
-    actual: list[list[Tensor]] = []
-    propose = Rpn.propose
-
-    def replay(*arguments: Any) -> list[Tensor]:
-        actual.append(propose(*arguments))
-        if not all(name in golden.outputs for name in names):
-            return actual[-1]
-        return [golden.outputs[name][:, :4].to(golden.device) for name in names]
-
-    with mock.patch.object(Rpn, "propose", replay):
-        yield actual
 
 
 def head_parts(model: CoDETR) -> list[nn.Module]:
@@ -452,13 +367,13 @@ def trace_rcnn(golden: Golden, head: FasterRcnnHead, seen: dict) -> Trace:
 def trace_atss(golden: Golden, head: AtssHead, seen: dict) -> Trace:
     (pyramid, sizes, targets), _ = seen[head]
     prediction = head.predict(pyramid)
-    assigned, anchors = head.assign(prediction.anchors, sizes, targets), prediction.anchors
+    assigned, anchors = head.assign(prediction, sizes, targets), prediction.anchors
     shapes = [level.shape[-2:] for level in pyramid]
     result = {}
     for name, values in (
         ("cls", prediction.logits),
         ("reg", prediction.deltas),
-        ("ctr", prediction.centerness[..., None]),
+        ("ctr", prediction.quality[..., None]),
     ):
         for level, of_level in enumerate(values.split(list(anchors.counts), dim=1)):
             maps = of_level.transpose(1, 2).unflatten(2, shapes[level])
@@ -559,6 +474,9 @@ def official_loss(name: str, config: DetectorConfig) -> str:
         case ["query", layer]:
             prefix = "" if layer == last else f"d{layer}."
             return f"22_loss.{prefix}loss_{kinds[term]}"
+        case ["denoising", layer]:
+            prefix = "" if layer == last else f"d{layer}."
+            return f"22_loss.{prefix}dn_loss_{kinds[term]}"
         case ["encoder"]:
             return f"22_loss.enc_loss_{kinds[term]}"
         case ["positive", head, layer]:

@@ -20,13 +20,19 @@ from codetr.zoo.official import from_official_names, to_official_names
 # Near ties order these differently after a change in the last bit: they are compared as sets.
 AS_SETS = ("15_rpn_proposals", "30_test.rpn_proposals", "31_det.")
 
-# Group norm on the extra level's map of 1 x 2 cells, one channel in each group, divides the
-# difference of two numbers by itself: what is left is rounding, magnified (method.md 6).
+# Group norm on the extra level's map of 1 x 2 cells (level 4 of Co-Deformable-DETR, 5 of Co-DINO),
+# one channel in each group, divides the difference of two numbers by itself: what is left is
+# rounding, magnified (method.md 6).
 AMPLIFIED = {
-    "13_rpn.cls.4",
-    "13_rpn.reg.4",
-    *(f"18_atss.{part}.4" for part in ("cls", "reg", "ctr")),
+    f"{output}.{level}"
+    for output in ("13_rpn.cls", "13_rpn.reg", "18_atss.cls", "18_atss.reg", "18_atss.ctr")
+    for level in (4, 5)
 }
+
+# Co-DINO's coarsest map has 2 x 2 cells, and one kink there happens to lie at a rounding error's
+# distance: a relative change of 1e-6 in our weights moves this norm by 0.7 %, to 2e-5 of the
+# recorded one. All others keep to the common tolerance.
+KINKED = {"neck.extra_convs.0.conv.weight"}
 
 
 @functools.cache
@@ -68,7 +74,7 @@ def of_one_image(name: str, trace: Trace) -> Tensor:
 
 def test_computes_every_recorded_tensor(golden_folder: Path) -> None:
     golden, ours = golden_of(golden_folder), trace_of(golden_folder)
-    skipped = (*AS_SETS, "21_randperm", "24_grad_norm", "22_loss")
+    skipped = (*AS_SETS, "02a_dn_draw", "21_randperm", "24_grad_norm", "22_loss")
     for name, expected in golden.outputs.items():
         if name.startswith(skipped):
             continue
@@ -91,7 +97,7 @@ def test_every_gradient_norm(golden_folder: Path) -> None:
     largest = max(golden.grad_norms.values())
     for name, expected in golden.grad_norms.items():
         # ReLU and bilinear kinks deep in the backbone turn over with the last bit.
-        tolerance = 5e-2 if name.startswith("backbone.") else 5e-3
+        tolerance = 5e-2 if name.startswith("backbone.") else 1e-2 if name in KINKED else 5e-3
         error = abs(ours[name].item() - expected)
         assert error <= tolerance * expected + 1e-6 * largest, f"{name}: {ours[name]} {expected}"
     assert_matches(

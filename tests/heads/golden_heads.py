@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from codetr.config import AtssConfig, FasterRcnnConfig, PositiveQueryConfig, RcnnConfig, RpnConfig
+from codetr.config import (
+    AnyHeadConfig,
+    AtssConfig,
+    FasterRcnnConfig,
+    PositiveQueryConfig,
+    RcnnConfig,
+    RpnConfig,
+)
 from codetr.heads import build_head
 from codetr.heads.atss import AtssHead
 from codetr.heads.faster_rcnn import FasterRcnnHead
@@ -31,15 +38,13 @@ FASTER_RCNN_NAMES = {
     "roi_head.0.bbox_head.fc_cls": "rcnn.cls",
     "roi_head.0.bbox_head.fc_reg": "rcnn.reg",
 }
-ATSS_NAMES = {
+TOWER_NAMES = {
     "cls_convs.0.conv": "cls_tower.0.conv",
     "cls_convs.0.gn": "cls_tower.0.norm",
     "reg_convs.0.conv": "reg_tower.0.conv",
     "reg_convs.0.gn": "reg_tower.0.norm",
-    "atss_cls": "cls",
-    "atss_reg": "reg",
-    "atss_centerness": "centerness",
 } | {f"scales.{level}.scale": f"scales.{level}" for level in range(5)}
+ATSS_NAMES = {"atss_cls": "cls", "atss_reg": "reg", "atss_centerness": "quality"} | TOWER_NAMES
 
 
 @dataclass
@@ -105,7 +110,7 @@ def atss(case: Case, official_defects: bool = True) -> AtssHead:
     return head
 
 
-def _build(config: AtssConfig | FasterRcnnConfig, positives: PositiveQueryConfig) -> Any:
+def _build(config: AnyHeadConfig, positives: PositiveQueryConfig) -> Any:
     return build_head(
         config,
         name=config.type,

@@ -7,7 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codetr.config import AtssConfig, FasterRcnnConfig, PositiveQueryConfig, RcnnConfig, RpnConfig
+from codetr.config import (
+    AnyHeadConfig,
+    AtssConfig,
+    FasterRcnnConfig,
+    FcosConfig,
+    GflConfig,
+    MaskConfig,
+    MaskRcnnConfig,
+    PaaConfig,
+    PositiveQueryConfig,
+    RcnnConfig,
+    RetinaNetConfig,
+    RpnConfig,
+)
 from codetr.heads import Head, build_head
 from codetr.structures import Size, Targets
 
@@ -15,11 +28,17 @@ STRIDES = (8, 16, 32, 64)
 SIZE: Size = (64, 96)
 CHANNELS = 16
 CLASSES = 3
-CONFIGS: dict[str, AtssConfig | FasterRcnnConfig] = {
+RPN = RpnConfig(samples=32, train_nms_pre=50, test_nms_pre=40, keep=30)
+RCNN = RcnnConfig(samples=16, fc_dim=8, finest_scale=28, test_keep=20)
+CONFIGS: dict[str, AnyHeadConfig] = {
     "atss": AtssConfig(test_keep=20),
-    "faster_rcnn": FasterRcnnConfig(
-        rpn=RpnConfig(samples=32, train_nms_pre=50, test_nms_pre=40, keep=30),
-        rcnn=RcnnConfig(samples=16, fc_dim=8, finest_scale=28, test_keep=20),
+    "faster_rcnn": FasterRcnnConfig(rpn=RPN, rcnn=RCNN),
+    "retinanet": RetinaNetConfig(test_keep=20),
+    "fcos": FcosConfig(test_keep=20),
+    "paa": PaaConfig(test_keep=20),
+    "gfl": GflConfig(test_keep=20),
+    "mask_rcnn": MaskRcnnConfig(
+        rpn=RPN, rcnn=RCNN, mask=MaskConfig(convs=1, channels=8, roi_size=4)
     ),
 }
 
@@ -55,5 +74,14 @@ def random_targets(counts: list[int], seed: int = 0, size: Size = SIZE) -> list[
         sides = 8 + torch.rand(count, 2, generator=generator) * extent * 0.3
         labels = torch.randint(0, CLASSES, (count,), generator=generator)
         boxes = torch.cat((corner, corner + sides), -1)
-        targets.append(Targets(boxes, labels, image_id=number, seed=number))
+        masks = ellipses(boxes, size)
+        targets.append(Targets(boxes, labels, image_id=number, seed=number, masks=masks))
     return targets
+
+
+def ellipses(boxes: Tensor, size: Size) -> Tensor:
+    """(n, h, w) masks of the ellipses that fill the boxes."""
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
+    across, down = (2 * x - x1 - x2) / (x2 - x1), (2 * y - y1 - y2) / (y2 - y1)
+    return across**2 + down**2 <= 1

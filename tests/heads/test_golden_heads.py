@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
 from golden_heads import (
     ATSS_NAMES,
     EDGE_CASES,
     FASTER_RCNN_NAMES,
-    GOLDEN,
-    STRIDES,
     Case,
     assert_close,
     assert_same_detections,
@@ -26,11 +21,8 @@ from golden_heads import (
 )
 from torch import Tensor
 
-from codetr.config import AtssConfig, PositiveQueryConfig
-from codetr.heads import build_head
-from codetr.heads.atss import AtssHead
 from codetr.heads.head import Head
-from codetr.structures import Detections, HeadOutput, Targets
+from codetr.structures import HeadOutput
 
 LOSSES = {
     "rpn_cls": ("rpn", "cls_weight", "loss_rpn_cls"),
@@ -158,7 +150,7 @@ def test_atss(case: Case) -> None:
     for kind, values, width in (
         ("cls", prediction.logits, 5),
         ("reg", prediction.deltas, 4),
-        ("ctr", prediction.centerness[..., None], 1),
+        ("ctr", prediction.quality[..., None], 1),
     ):
         for level, ours in enumerate(values.split(prediction.anchors.counts, dim=1)):
             assert_close(ours, flat(outputs[f"18_atss.{kind}.{level}"], width))
@@ -214,63 +206,3 @@ def test_detections(branch: str) -> None:
     for image, detections in enumerate(head.detect(pyramid_of(case), case.sizes)):
         assert_same_detections(detections, recorded_detections(case, branch, image))
         assert (detections.scores.diff() <= 0).all()
-
-
-@dataclass
-class AloneRun:
-    head: AtssHead
-    features: list[Tensor]
-    targets: list[Targets]
-    sizes: list[tuple[int, int]]
-    outputs: dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def alone() -> AloneRun:
-    """The original's ATSS head without a detector around it, with weights of its own."""
-    record = torch.load(GOLDEN / "heads" / "atss.pt", weights_only=True)
-    head = build_head(
-        AtssConfig(),
-        name="atss",
-        channels=32,
-        num_classes=5,
-        strides=STRIDES,
-        positive_config=PositiveQueryConfig(),
-    )
-    head.load_state_dict(renamed(record["state_dict"], ATSS_NAMES))
-    assert isinstance(head, AtssHead)
-    targets = [
-        Targets(boxes, labels)
-        for boxes, labels in zip(record["gt_bboxes"], record["gt_labels"], strict=True)
-    ]
-    sizes = [(height, width) for height, width in record["img_shape"]]
-    features = [f.requires_grad_() for f in record["feats"]]
-    return AloneRun(head, features, targets, sizes, record["outputs"])
-
-
-def test_atss_alone_losses_and_gradients(alone: AloneRun) -> None:
-    output = alone.head(alone.features, alone.sizes, alone.targets)
-    weights = alone.head.config.loss_weights()
-    names = {"cls": "loss_cls", "giou": "loss_bbox", "centerness": "loss_centerness"}
-    for ours, theirs in names.items():
-        expected = alone.outputs[f"loss.{theirs}"]
-        torch.testing.assert_close(output.losses[ours] * weights[ours], expected)
-    sum(weights[name] * value for name, value in output.losses.items()).backward()
-    gradients = {name: p.grad.norm() for name, p in alone.head.named_parameters()}
-    for name, norm in renamed(alone.outputs["grad_norm"], ATSS_NAMES).items():
-        assert gradients[name].item() == pytest.approx(float(norm), rel=1e-3, abs=1e-6)
-    norms = torch.stack([f.grad.norm() for f in alone.features])
-    torch.testing.assert_close(norms, alone.outputs["grad_feats_norm"], rtol=1e-3, atol=1e-6)
-
-
-def test_atss_alone_labels_and_detections(alone: AloneRun) -> None:
-    anchors = alone.head.predict(alone.features).anchors
-    assigned = alone.head.assign(anchors, alone.sizes, alone.targets)
-    expected = torch.cat(alone.outputs["labels_per_level"], dim=1)
-    for image, t in enumerate(alone.targets):
-        labels = torch.cat((t.labels, torch.tensor([5])))
-        number = assigned[image].masked_fill(assigned[image] < 0, len(t))
-        assert torch.equal(labels[number], expected[image])
-    found = alone.head.detect(alone.features, alone.sizes)
-    for ours, (boxes, scores, labels) in zip(found, alone.outputs["detections"], strict=True):
-        assert_same_detections(ours, Detections(boxes[:, :4], scores, labels))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,23 @@ def test_the_command_that_is_recommended_can_be_typed(monkeypatch):
     assert cli._this_command() == "codetr"
     assert cli._output_option(Path("runs").absolute()) == ""
     assert cli._output_option(Path("/x")) == " --output /x"
+
+
+def test_a_mask_head_without_masks_starts_no_trial(command, coco_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(coco_folder, bare)
+    annotations = bare / "annotations" / "instances_train.json"
+    content = json.loads(annotations.read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    annotations.write_text(json.dumps(content))
+    settings = ("--set", "heads=[mask_rcnn]", "--set", "batch_size=4", "--seeds", "0")
+    output = tmp_path / "runs"
+    code, _, error = command(
+        "run", "ablation-lambda", "--data", bare, "--output", output, *settings
+    )
+    assert code == 2
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"codetr: {annotations}: no object has a 'segmentation'")
+    assert "take the head out of 'heads'" in last
+    assert not output.exists()

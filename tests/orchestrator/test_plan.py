@@ -127,7 +127,7 @@ def test_a_trial_survives_json():
 def test_profile_settings_reach_heads_that_arms_only_name():
     rcnn = plan().trials[2].detector.heads[1]
     assert rcnn.rcnn.fc_dim < 1024  # the default
-    changed = plan(settings=("fc_dim=32",)).trials[2].detector.heads[1]
+    changed = plan(settings=("faster_rcnn.rcnn.fc_dim=32",)).trials[2].detector.heads[1]
     assert changed.rcnn.fc_dim == 32
     assert changed.rcnn.samples == rcnn.rcnn.samples
 
@@ -141,6 +141,7 @@ def test_profile_settings_reach_heads_that_arms_only_name():
         ({"settings": ("heads=[atss]",)}, "are the same trial"),
         ({"settings": ("num_classes=7",)}, "the data has 10 classes"),
         ({"settings": ("levels=2",)}, "fewer than the 3 backbone.stages"),
+        ({"settings": ("layer_decay=0.8",)}, "'tiny' is none: set training.layer_decay=1"),
         ({"settings": ("train_images=4",)}, "do not fill one batch"),
         ({"seeds": (1, 1)}, "are the same trial"),
         ({"seeds": (-1,)}, "seeds start at 0"),

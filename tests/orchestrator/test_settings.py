@@ -12,7 +12,10 @@ from orchestrator.settings import full_key, parse_settings, setting_keys
         ("epochs=3", {"training": {"epochs": 3}}),
         ("heads=[atss, faster_rcnn]", {"detector": {"heads": ["atss", "faster_rcnn"]}}),
         ("queries.count=7", {"detector": {"queries": {"count": 7}}}),
-        ("rcnn.samples=9", {"heads": {"faster_rcnn": {"rcnn": {"samples": 9}}}}),
+        ("faster_rcnn.rcnn.samples=9", {"heads": {"faster_rcnn": {"rcnn": {"samples": 9}}}}),
+        ("backbone.name=swin_large", {"detector": {"backbone": {"name": "swin_large"}}}),
+        ("frozen_norm=false", {"detector": {"backbone": {"frozen_norm": False}}}),
+        ("global_every=3", {"detector": {"backbone": {"global_every": 3}}}),
         ("path=a=b", {"data": {"path": "a=b"}}),
     ],
 )

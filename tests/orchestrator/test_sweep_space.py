@@ -83,7 +83,7 @@ def test_conditions_hold_in_what_optuna_draws():
 
 
 def test_a_suggestion_is_a_layer_of_settings():
-    found = space(name="width", setting="rcnn.fc_dim", values=[16, 32])
+    found = space(name="width", setting="faster_rcnn.rcnn.fc_dim", values=[16, 32])
     assert found.layer({"width": 32}).heads == {"faster_rcnn": {"rcnn": {"fc_dim": 32}}}
     both = parse_over(["lambda_1=1,2", "detector.lambda_1=3"])
     with pytest.raises(ConfigError, match=r"both give detector\.lambda_1"):

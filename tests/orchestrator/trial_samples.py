@@ -11,7 +11,8 @@ from orchestrator.results import TrialResult
 
 def sample_plan(output: Path, settings: tuple[str, ...] = (), **options) -> Plan:
     """Four epochs of 250 steps, whatever the shipped experiment has."""
-    settings = ("epochs=4", "batch_size=8", "decoder_layers=2", "fc_dim=128", *settings)
+    few = ("epochs=4", "batch_size=8", "decoder_layers=2", "faster_rcnn.rcnn.fc_dim=128")
+    settings = (*few, *settings)
     experiment = load_experiment("ablation-k")
     plan = make_plan(experiment, Options(output=output, settings=settings, **options))
     resources = plan.resources.model_copy(update={"workers": 1})

@@ -1,0 +1,273 @@
+"""All that a GPU can tell, in one file: correctness first, then seconds and memory.
+
+    python benchmarks/gpu.py [--budget 500] [--size 800 1333]
+    python benchmarks/gpu.py --device cpu --small --size 64 96 --rounds 1    # to try it out
+
+Stages, in this order: the golden folders on the device; the tests of the kernels; the operator and
+its floor; equal logits, boxes, losses and detections of ours and of transformers' detector; their
+training step and inference in bf16 for K = 0, 1 and 2, then compiled, then in fp32. Needs torch,
+torchvision, timm, triton and transformers, and what the detector needs besides: pydantic, scipy,
+PyYAML; pytest for the first two stages. A stage that fails, or for which no time is left, is named
+in the result, and the exit status says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import deformable_operator
+import torch
+from clocks import clock, empty_cache
+from detectors import HEADS, PEER, PLAIN, R50, SMALL, Ours, Task, Theirs, computed
+from frame import ROOT, Disagreement, Report, Sample, arguments, settings_of
+
+GOLDEN = ["co_deformable", *(f"co_deformable_edge/{c}" for c in ("empty1", "allempty", "trunc"))]
+GOLDEN_TOLERANCE = 1e-3
+"""Of a tensor's largest value: convolutions on a GPU sum in another order than on a CPU."""
+COMPUTED_TOLERANCE = 1e-3
+KERNEL_TESTS = ROOT / "tests" / "ops" / "test_on_gpu.py"
+AGREED = "Co-Deformable-DETR, K = 0, and transformers' detector"
+
+PAPER = {"K = 0": (12808, 70), "K = 1": (13947, 86), "K = 2": (14387, 120)}
+"""Memory in MB of each GPU, and GPU-hours: the paper's table 7 (Deformable-DETR++, ResNet-50)."""
+
+
+@dataclass
+class Stages:
+    """Runs stages while there is time.
+
+    Attributes:
+        seconds: for all stages; what still runs then is stopped.
+        failed: what went wrong, by stage.
+        left_out: stages that were not begun, with the reason.
+        took: seconds of each stage.
+    """
+
+    seconds: float
+    failed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
+    _begin: float = field(default_factory=time.monotonic)
+
+    def run(self, name: str, needs: float, stage: Callable[[], Any]) -> bool:
+        """One stage, if the ``needs`` seconds that it should take are left; was it begun?"""
+        left = self.seconds - (time.monotonic() - self._begin)
+        if left < needs:
+            self.left_out[name] = f"{left:.0f} s left, {needs:.0f} s needed"
+            return False
+        print(f"{name} …", flush=True)
+        begin = time.monotonic()
+        try:
+            with stopped_after(left):
+                stage()
+        except LeftOut as reason:
+            self.left_out[name] = str(reason)
+        except (Exception, Disagreement) as error:
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            print(f"{name}: {self.failed[name]}", file=sys.stderr)
+        self.took[name] = round(time.monotonic() - begin, 1)
+        return True
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raise :class:`LeftOut` in what takes longer; a single call into a library is not broken."""
+
+    def stop(*_: Any) -> None:
+        raise LeftOut(f"stopped after {seconds:.0f} s, when no time was left")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class LeftOut(Exception):  # noqa: N818 - no error: says what happened, as StopIteration does
+    """A stage cannot be run here; its text says why."""
+
+
+def main() -> int:
+    options = parse_arguments()
+    # Compare in full float32; speed is measured in bf16.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    report = Report(
+        "What does a GPU compute, in what time and memory?",
+        PEER,
+        settings_of(options),
+        ("torch", "torchvision", "timm", "triton", "transformers"),
+        deformable_operator.device_of(options.device),
+    )
+    stages = Stages(options.budget)
+    run_stages(stages, report, options)
+    report.note(
+        memory_beside_paper=beside_paper(report),
+        seconds_of_stages=stages.took,
+        left_out=stages.left_out,
+        failed=stages.failed,
+    )
+    report.finish("gpu", options.out)
+    for name, reason in {**stages.left_out, **stages.failed}.items():
+        print(f"NOT MEASURED  {name}: {reason}")
+    return 1 if stages.failed or stages.left_out else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = arguments(__doc__, rounds=10, batch=2, objects=7, queries=900, budget=500)
+    deformable_operator.add_device_arguments(parser)
+    parser.set_defaults(device="cuda", size=(800, 1333), precisions=["fp32", "bf16"])
+    parser.add_argument("--small", action="store_true", help="a small detector, to try this out")
+    parser.add_argument("--without-compile", action="store_true", help="no torch.compile")
+    return parser.parse_args()
+
+
+def run_stages(stages: Stages, report: Report, options: argparse.Namespace) -> None:
+    detector, size = SMALL if options.small else R50, tuple(options.size)
+    task = Task(detector, size, options.batch, options.objects, "fp32", options.device)
+    stages.run("golden folders", 60, lambda: check_golden(report, options.device))
+    stages.run("tests of the kernels", 60, lambda: run_kernel_tests(report, options.device))
+    stages.run("operator", 40, lambda: deformable_operator.measure(report, options))
+    stages.run("agreement", 20, lambda: require_agreement(report, task))
+    for mode in MODES if not options.without_compile else (m for m in MODES if "compile" not in m):
+        measure_mode(stages, report, task, mode, options.rounds)
+
+
+# ------------------------------------------------------------------------------------- correctness
+
+
+def check_golden(report: Report, device: str) -> None:
+    """Every tensor that the original computed, against ours on the device."""
+    require_module("pytest", "the golden tests are written with it")
+    sys.path.insert(0, str(ROOT / "tests" / "golden"))
+    from replay import Golden, trace, trace_detections
+    from test_golden import AMPLIFIED, AS_SETS, assert_matches, compare_detections, of_one_image
+
+    compared, failures = 0, []
+
+    def check(compare: Callable[..., None], *values: Any) -> None:
+        nonlocal compared
+        compared += 1
+        try:
+            compare(*values)
+        except AssertionError as error:
+            failures.append(f"{folder}: {str(error).splitlines()[0]}")
+
+    for folder in GOLDEN:
+        golden = Golden(ROOT / "tests" / "golden" / folder, device)
+        ours, detections = trace(golden), trace_detections(golden)
+        for name, expected in golden.outputs.items():
+            if name.startswith("31_det.") and name.endswith(".boxes"):
+                check(compare_detections, name.removesuffix(".boxes"), detections, golden.outputs)
+            if not name.startswith((*AS_SETS, "21_randperm", "24_grad_norm")):
+                actual = ours[name] if name in ours else of_one_image(name, ours)
+                tolerance = GOLDEN_TOLERANCE * (5 if name in AMPLIFIED else 1)
+                check(assert_matches, name, actual, expected, tolerance)
+    report.note(golden={"compared": compared, "failures": failures})
+    if failures:
+        raise Disagreement(f"{len(failures)} of {compared} recorded tensors differ: {failures[0]}")
+
+
+def run_kernel_tests(report: Report, device: str) -> None:
+    """The kernels against the definition, in the sizes and corner cases of their own tests."""
+    if torch.device(device).type != "cuda":
+        raise LeftOut("there is no GPU")
+    if not KERNEL_TESTS.exists():
+        raise LeftOut(f"there is no {KERNEL_TESTS.relative_to(ROOT)}")
+    require_module("pytest", "the tests of the kernels are written with it")
+    # Without conftest.py, which wants hypothesis.
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", str(KERNEL_TESTS)]
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
+    report.note(kernel_tests=last)
+    if done.returncode:
+        print(done.stdout[-4000:], file=sys.stderr)
+        raise Disagreement(last)
+
+
+def require_module(name: str, why: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise LeftOut(f"{name} is missing: {why}")
+
+
+def require_agreement(report: Report, task: Task) -> None:
+    """Of the detector without heads with transformers'; the golden folders know the heads."""
+    for what, (ours, theirs) in computed(task).items():
+        report.require_same(AGREED, what, ours, theirs, COMPUTED_TOLERANCE)
+    free(task.device)
+
+
+# ---------------------------------------------------------------------------------- seconds, memory
+
+
+MODES = {"bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "fp32": ("fp32", False)}
+"""Precision, and whether ours is compiled; transformers' detector never is."""
+ACTIONS = ("training step", "inference")
+
+
+def measure_mode(stages: Stages, report: Report, task: Task, mode: str, rounds: int) -> None:
+    """One contender after the other, each alone on the device."""
+    precision, compiled = MODES[mode]
+    task = replace(task, precision=precision)
+    samples: dict[str, dict[str, list[Sample]]] = {action: {} for action in ACTIONS}
+
+    def stage(name: str) -> None:
+        contender = Theirs(task) if name == PEER else Ours(task, name, compiled)
+        for action, call in zip(
+            ACTIONS, (contender.training_step, contender.inference), strict=True
+        ):
+            measure = clock(call, task.device, whole=True)
+            for _ in range(3):  # warm up, compile
+                call()
+            samples[action][name] = [measure() for _ in range(rounds)]
+
+    for name in (PEER, *([] if compiled else [PLAIN]), *HEADS):
+        needs = 60 if compiled and name != PEER else 15
+        if stages.run(f"{mode}: {name}", needs, lambda n=name: stage(n)):
+            free(task.device)
+    for action, of_action in samples.items():
+        if PEER in of_action:
+            case = f"{action}, {mode}"
+            stages.run(case, 0, lambda c=case, s=of_action: report.add(c, s, AGREED))
+
+
+def free(device: str) -> None:
+    """Forget compiled code and memory of what was measured last."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # takes seconds to import
+        torch.compiler.reset()
+    empty_cache(device)
+
+
+def beside_paper(report: Report) -> dict[str, dict[str, float]]:
+    """Peak memory and seconds of a step in bf16 as multiples of K = 0, and the paper's."""
+    measured = report.content()["measured"].get("training step, bf16", {"medians": {}})["medians"]
+    base = measured.get("K = 0", {})
+    rows = {}
+    for name, (megabytes, hours) in PAPER.items():
+        own = measured.get(name, {})
+        rows[name] = {
+            "memory_in_the_paper": round(megabytes / PAPER["K = 0"][0], 3),
+            "hours_in_the_paper": round(hours / PAPER["K = 0"][1], 3),
+        } | {key: round(own[key] / base[key], 3) for key in own if key in base}
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

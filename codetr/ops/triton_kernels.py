@@ -1,0 +1,540 @@
+"""Multi-scale deformable attention as Triton kernels, forward and backward.
+
+One program computes one head of a block of queries. A thread holds a few neighbouring channels, so
+that a corner of a sample is read in one piece; what is said of a sample (its place, its share) is
+the same for all threads of a query. Sums are in float32 (float64 for a float64 value).
+
+Nothing here is on the way of plain PyTorch: only ``codetr.ops`` imports it, at its first call.
+"""
+
+# ruff: noqa: N803, N806, PLR0124, PLR0915, PLR0917 - constants of a kernel are in capitals; NaN is
+# what differs from itself; kernels are long and called with tuples of arguments
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, import-untyped, import-not-found"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codetr.structures import Size
+
+VARYING = [
+    "tokens",
+    "queries",
+    *(f"{frame}_{axis}" for frame in ("centers", "scales") for axis in ("image", "query", "level")),
+]
+"""Integers that differ from batch to batch, which kernels are not to be compiled anew for."""
+
+
+@triton.jit
+def _place(at, size):
+    """The cell before a coordinate, and the way from that cell's centre to it, in [0, 1).
+
+    Coordinates far outside, infinite ones too, are moved to where no corner is in the map. NaN has
+    no corner in the map either, and the way to it is NaN.
+    """
+    moved = tl.where(at >= -2.0, at, -2.0)
+    moved = tl.where(moved <= size, moved, size)
+    first = tl.floor(moved)
+    return first.to(tl.int32), tl.where(at == at, moved, at) - first
+
+
+@triton.jit
+def _sizes_of_level(sizes, LEVEL: tl.constexpr):
+    height = tl.full((), sizes[2 * LEVEL], tl.int32)
+    width = tl.full((), sizes[2 * LEVEL + 1], tl.int32)
+    return height, width
+
+
+@triton.jit
+def _mask(inside, channel, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = inside[:, None]
+    if CHANNELS < BLOCK_D:
+        mask = mask & (channel < CHANNELS)[None, :]
+    return mask
+
+
+@triton.jit
+def _coordinates(
+    places,
+    centers,
+    scales,
+    active,
+    height,
+    width,
+    FUSED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(x, y) of a sample in cells, counted from the centre of the first, for each query.
+
+    ``places`` points at locations, or at offsets where FUSED; the other two at the level's entry.
+    """
+    x = tl.load(places, mask=active, other=0.0).to(ACC)
+    y = tl.load(places + 1, mask=active, other=0.0).to(ACC)
+    if FUSED:
+        x = tl.load(centers, mask=active, other=0.0).to(ACC) + x * tl.load(
+            scales, mask=active, other=0.0
+        ).to(ACC)
+        y = tl.load(centers + 1, mask=active, other=0.0).to(ACC) + y * tl.load(
+            scales + 1, mask=active, other=0.0
+        ).to(ACC)
+    return x * width.to(ACC) - 0.5, y * height.to(ACC) - 0.5
+
+
+@triton.jit
+def _softmax_terms(logits, active):
+    """The largest logit of each query, and one over the sum of all exp(logit - largest)."""
+    largest = tl.where(active, tl.max(logits, axis=1), 0.0)
+    total = tl.sum(tl.exp(logits - largest[:, None]), axis=1)
+    return largest, 1.0 / tl.where(active, total, 1.0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _forward(
+    value,  # (B, T, H, D)
+    places,  # (B, Q, H, L, P, 2): locations, or offsets where FUSED
+    scores,  # (B, Q, H, L, P): weights, or logits where FUSED
+    centers,  # (B, Q, L, 2), where FUSED
+    scales,  # (B, Q, L, 2), where FUSED
+    result,  # (B, Q, H, D)
+    sizes,  # height and width of every level
+    tokens,
+    queries,
+    centers_image,
+    centers_query,
+    centers_level,
+    scales_image,
+    scales_query,
+    scales_level,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    STEP: tl.constexpr = HEADS * CHANNELS  # from one cell of the map to the next
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    head = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    active = query < queries
+
+    value += (image * tokens * HEADS + head) * CHANNELS
+    row = query * HEADS + head
+    places += image * queries * HEADS * SAMPLES * 2 + row * SAMPLES * 2
+    scores += image * queries * HEADS * SAMPLES + row * SAMPLES
+    result += image * queries * HEADS * CHANNELS
+    if FUSED:
+        centers += image * centers_image + query * centers_query
+        scales += image * scales_image + query * scales_query
+        column = tl.arange(0, BLOCK_W)
+        is_score = active[:, None] & (column < SAMPLES)[None, :]
+        logits = tl.load(scores[:, None] + column[None, :], mask=is_score, other=float("-inf"))
+        largest, inverse = _softmax_terms(logits.to(ACC), active)
+
+    attended = tl.zeros((BLOCK_Q, BLOCK_D), dtype=ACC)
+    start = 0
+    for level in tl.static_range(LEVELS):
+        height, width = _sizes_of_level(sizes, level)
+        for point in range(POINTS):
+            x, y = _coordinates(
+                places + 2 * (level * POINTS + point),
+                centers + level * centers_level,
+                scales + level * scales_level,
+                active,
+                height,
+                width,
+                FUSED,
+                ACC,
+            )
+            weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
+            if FUSED:
+                weight = tl.exp(weight - largest)
+            left, right = _place(x, width.to(ACC))
+            top, down = _place(y, height.to(ACC))
+            is_left = (left >= 0) & (left < width) & active
+            is_right = (left >= -1) & (left < width - 1) & active
+            is_top = (top >= 0) & (top < height)
+            is_bottom = (top >= -1) & (top < height - 1)
+            lower = weight * down
+            upper = weight - lower
+
+            rows = value + ((start + top * width + left) * STEP)[:, None] + channel[None, :]
+            below = rows + width * STEP
+            mask = _mask(is_top & is_left, channel, CHANNELS, BLOCK_D)
+            cells = tl.load(rows, mask=mask, other=0.0).to(ACC)
+            attended += (upper - upper * right)[:, None] * cells
+            mask = _mask(is_top & is_right, channel, CHANNELS, BLOCK_D)
+            cells = tl.load(rows + STEP, mask=mask, other=0.0).to(ACC)
+            attended += (upper * right)[:, None] * cells
+            mask = _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D)
+            cells = tl.load(below, mask=mask, other=0.0).to(ACC)
+            attended += (lower - lower * right)[:, None] * cells
+            mask = _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D)
+            cells = tl.load(below + STEP, mask=mask, other=0.0).to(ACC)
+            attended += (lower * right)[:, None] * cells
+        start += height * width
+
+    if FUSED:
+        attended *= inverse[:, None]
+    where = result + (row * CHANNELS)[:, None] + channel[None, :]
+    mask = _mask(active, channel, CHANNELS, BLOCK_D)
+    tl.store(where, attended.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _corner(rows, mask, of_rows, grad, share, SCATTER: tl.constexpr, ACC: tl.constexpr):
+    """Inner product of a corner with ``grad``; where SCATTER, its share of ``grad`` is added."""
+    cells = tl.load(rows, mask=mask, other=0.0).to(ACC)
+    if SCATTER:
+        tl.atomic_add(of_rows, share[:, None] * grad, mask=mask, sem="relaxed")
+    return tl.sum(cells * grad, axis=1)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _backward(
+    grad,  # (B, Q, H, D), of the result
+    value,
+    places,
+    scores,
+    centers,
+    scales,
+    of_value,  # (B, T, H, D) of ACC, where SCATTER: added to
+    of_places,  # (B, Q, H, L, P, 2)
+    of_scores,  # (B, Q, H, L, P)
+    of_locations,  # (B, Q, H, L, P, 2), where FRAME: of the locations that FUSED computes
+    sizes,
+    tokens,
+    queries,
+    centers_image,
+    centers_query,
+    centers_level,
+    scales_image,
+    scales_query,
+    scales_level,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    FUSED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    FRAME: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    STEP: tl.constexpr = HEADS * CHANNELS  # from one cell of the map to the next
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    head = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    active = query < queries
+
+    value += (image * tokens * HEADS + head) * CHANNELS
+    of_value += (image * tokens * HEADS + head) * CHANNELS
+    row = query * HEADS + head
+    first = image * queries * HEADS * SAMPLES
+    places += first * 2 + row * SAMPLES * 2
+    of_places += first * 2 + row * SAMPLES * 2
+    of_locations += first * 2 + row * SAMPLES * 2
+    scores += first + row * SAMPLES
+    of_scores += first + row * SAMPLES
+
+    where = image * queries * HEADS * CHANNELS + (row * CHANNELS)[:, None] + channel[None, :]
+    is_result = _mask(active, channel, CHANNELS, BLOCK_D)
+    column = tl.arange(0, BLOCK_W)
+    is_score = active[:, None] & (column < SAMPLES)[None, :]
+    above = tl.load(grad + where, mask=is_result, other=0.0).to(ACC)
+    if FUSED:
+        centers += image * centers_image + query * centers_query
+        scales += image * scales_image + query * scales_query
+        logits = tl.load(scores[:, None] + column[None, :], mask=is_score, other=float("-inf"))
+        logits = logits.to(ACC)
+        largest, inverse = _softmax_terms(logits, active)
+    mean = tl.zeros((BLOCK_Q,), dtype=ACC)
+    # Gathered in registers and stored as whole rows: (x, y) of all samples, and their weights.
+    all_locations = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+    all_weights = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+
+    start = 0
+    for level in tl.static_range(LEVELS):
+        height, width = _sizes_of_level(sizes, level)
+        for point in range(POINTS):
+            x, y = _coordinates(
+                places + 2 * (level * POINTS + point),
+                centers + level * centers_level,
+                scales + level * scales_level,
+                active,
+                height,
+                width,
+                FUSED,
+                ACC,
+            )
+            weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
+            if FUSED:
+                weight = tl.exp(weight - largest) * inverse
+            left, right = _place(x, width.to(ACC))
+            top, down = _place(y, height.to(ACC))
+            is_left = (left >= 0) & (left < width) & active
+            is_right = (left >= -1) & (left < width - 1) & active
+            is_top = (top >= 0) & (top < height)
+            is_bottom = (top >= -1) & (top < height - 1)
+            lower = weight * down
+            upper = weight - lower
+
+            cell = ((start + top * width + left) * STEP)[:, None] + channel[None, :]
+            below = cell + width * STEP
+            upper_left = _corner(
+                value + cell,
+                _mask(is_top & is_left, channel, CHANNELS, BLOCK_D),
+                of_value + cell,
+                above,
+                upper - upper * right,
+                SCATTER,
+                ACC,
+            )
+            upper_right = _corner(
+                value + cell + STEP,
+                _mask(is_top & is_right, channel, CHANNELS, BLOCK_D),
+                of_value + cell + STEP,
+                above,
+                upper * right,
+                SCATTER,
+                ACC,
+            )
+            lower_left = _corner(
+                value + below,
+                _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D),
+                of_value + below,
+                above,
+                lower - lower * right,
+                SCATTER,
+                ACC,
+            )
+            lower_right = _corner(
+                value + below + STEP,
+                _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D),
+                of_value + below + STEP,
+                above,
+                lower * right,
+                SCATTER,
+                ACC,
+            )
+
+            across_top, across_bottom = upper_right - upper_left, lower_right - lower_left
+            on_top = upper_left + across_top * right
+            on_bottom = lower_left + across_bottom * right
+            of_weight = on_top + (on_bottom - on_top) * down
+            across = across_top + (across_bottom - across_top) * down
+            of_x = across * weight * width.to(ACC)
+            of_y = (on_bottom - on_top) * weight * height.to(ACC)
+            mean += weight * of_weight
+            sample = level * POINTS + point
+            all_locations = tl.where((column == 2 * sample)[None, :], of_x[:, None], all_locations)
+            all_locations = tl.where(
+                (column == 2 * sample + 1)[None, :], of_y[:, None], all_locations
+            )
+            all_weights = tl.where((column == sample)[None, :], of_weight[:, None], all_weights)
+        start += height * width
+
+    is_place = active[:, None] & (column < 2 * SAMPLES)[None, :]
+    if FRAME:
+        where = of_locations[:, None] + column[None, :]
+        tl.store(where, all_locations.to(of_locations.dtype.element_ty), mask=is_place)
+    if FUSED:
+        weights = tl.exp(logits - largest[:, None]) * inverse[:, None]
+        all_weights = weights * (all_weights - mean[:, None])
+        # Each column's own scale: (x, y) of the level that the sample is of.
+        scale = scales[:, None] + (column // (2 * POINTS) * scales_level + column % 2)[None, :]
+        all_locations *= tl.load(scale, mask=is_place, other=0.0).to(ACC)
+    where = of_places[:, None] + column[None, :]
+    tl.store(where, all_locations.to(of_places.dtype.element_ty), mask=is_place)
+    where = of_scores[:, None] + column[None, :]
+    tl.store(where, all_weights.to(of_scores.dtype.element_ty), mask=is_score)
+
+
+WARPS = 4
+
+
+def forward(value: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor) -> Tensor:
+    """As of ``codetr.ops.deformable_attention``."""
+    return _attend(value, shapes, locations, weights, None)
+
+
+def fused_forward(
+    value: Tensor,
+    shapes: list[Size],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """As of ``codetr.ops.deformable_attention_fused``; ``scales`` (B, Q, levels, 2)."""
+    return _attend(value, shapes, offsets, logits, (centers, scales))
+
+
+def backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[Size],
+    locations: Tensor,
+    weights: Tensor,
+    *,
+    with_value: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of value, None unless ``with_value``, of locations and of weights."""
+    of_value, of_locations, of_weights, _ = _differentiate(
+        grad, value, shapes, locations, weights, None, with_value=with_value, with_frame=False
+    )
+    return of_value, of_locations, of_weights
+
+
+def fused_backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[Size],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    *,
+    with_value: bool,
+    with_frame: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Gradients of value, offsets, logits and, ``with_frame``, of the locations they make."""
+    return _differentiate(
+        grad,
+        value,
+        shapes,
+        offsets,
+        logits,
+        (centers, scales),
+        with_value=with_value,
+        with_frame=with_frame,
+    )
+
+
+def _attend(
+    value: Tensor,
+    shapes: list[Size],
+    places: Tensor,
+    scores: Tensor,
+    frame: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    batch, queries, heads = places.shape[:3]
+    result = value.new_zeros(batch, queries, heads * value.shape[-1])
+    if result.numel() and places.numel():
+        value, places, scores = value.contiguous(), places.contiguous(), scores.contiguous()
+        grid, constants = _plan(value, places, value.element_size())
+        with torch.cuda.device_of(value):
+            _forward[grid](
+                value,
+                places,
+                scores,
+                *_pointers(frame, places),
+                result,
+                *_layout(value, shapes, places, frame),
+                FUSED=frame is not None,
+                **constants,
+            )
+    return result
+
+
+def _differentiate(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[Size],
+    places: Tensor,
+    scores: Tensor,
+    frame: tuple[Tensor, Tensor] | None,
+    *,
+    with_value: bool,
+    with_frame: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    exact = torch.promote_types(value.dtype, torch.float32)
+    grad, value = grad.contiguous(), value.contiguous()
+    places, scores = places.contiguous(), scores.contiguous()
+    of_value = torch.zeros_like(value, dtype=exact) if with_value else None
+    of_places, of_scores = torch.zeros_like(places), torch.zeros_like(scores)
+    of_locations = torch.zeros_like(places, dtype=exact) if with_frame else None
+    if grad.numel() and places.numel():
+        # Atomic additions are what a backward waits for: a thread adds 16 bytes of them at once.
+        grid, constants = _plan(value, places, exact.itemsize)
+        with torch.cuda.device_of(value):
+            _backward[grid](
+                grad,
+                value,
+                places,
+                scores,
+                *_pointers(frame, places),
+                value if of_value is None else of_value,
+                of_places,
+                of_scores,
+                places if of_locations is None else of_locations,
+                *_layout(value, shapes, places, frame),
+                FUSED=frame is not None,
+                SCATTER=with_value,
+                FRAME=with_frame,
+                **constants,
+            )
+    return (
+        None if of_value is None else of_value.to(value.dtype),
+        of_places,
+        of_scores,
+        of_locations,
+    )
+
+
+def _pointers(frame: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    return (unused, unused) if frame is None else frame
+
+
+def _plan(
+    value: Tensor, places: Tensor, bytes_each: int
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The grid, and constants such that each thread holds 16 bytes of channels of one query."""
+    batch, queries, heads, levels, points, _ = places.shape
+    channels = value.shape[-1]
+    block_d = triton.next_power_of_2(channels)
+    block_q = max(1, WARPS * 32 * 16 // bytes_each // block_d)
+    constants = {
+        "HEADS": heads,
+        "CHANNELS": channels,
+        "LEVELS": levels,
+        "POINTS": points,
+        "ACC": tl.float64 if value.dtype == torch.float64 else tl.float32,
+        "BLOCK_Q": block_q,
+        "BLOCK_D": block_d,
+        # As wide as the channels where it can be: tiles of one shape need no exchange of threads.
+        "BLOCK_W": max(block_d, triton.next_power_of_2(2 * levels * points)),
+        "num_warps": WARPS,
+    }
+    return (triton.cdiv(queries, block_q), heads, batch), constants
+
+
+def _layout(
+    value: Tensor,
+    shapes: list[Size],
+    places: Tensor,
+    frame: tuple[Tensor, Tensor] | None,
+) -> tuple[Any, ...]:
+    """Sizes of levels, numbers of tokens and queries, strides of the frame."""
+    tokens, queries = value.shape[1], places.shape[1]
+    if max(value[:1].numel(), places[:1].numel()) >= 2**31:
+        raise ValueError("one image has more than 2**31 values or locations: split the queries")
+    # As floats: for an integer, Triton would compile anew when it is 1 or a multiple of 16, and a
+    # tensor would have to be copied to the device. Exact up to 2**24.
+    sizes = tuple(float(side) for shape in shapes for side in shape)
+    strides = (0,) * 6 if frame is None else tuple(n for t in frame for n in t.stride()[:3])
+    return sizes, tokens, queries, *strides

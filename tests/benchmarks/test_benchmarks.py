@@ -1,0 +1,240 @@
+"""Each benchmark compares before it measures, and refuses where ours and the peer differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deformable_operator
+import detector_step
+import detectors
+import evaluation
+import gpu
+import loading
+import pytest
+import scaling
+import torch
+from elsewhere import Elsewhere
+from frame import Disagreement, Report
+
+from codetr.metrics import evaluate
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TASK = detectors.Task(detectors.SMALL, (64, 96), batch=1, objects=3)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: Any, tmp_path: Path, *words: str) -> list[Any]:
+    """The content of the files that a benchmark writes."""
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--rounds", "1", "--out", str(tmp_path), *words])
+    script.main()
+    return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+
+
+# -------------------------------------------------------------------------------------- operator
+
+
+OPERATOR = (
+    "--size", "64", "96", "--queries", "10", "--precisions", "fp32", "bf16", "--threads", "1",
+)  # fmt: skip
+
+
+def test_operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (content,) = run(monkeypatch, deformable_operator, tmp_path, *OPERATOR)
+    assert len(content["measured"]) == 8
+    assert content["measured"].keys() == content["agreement"].keys()
+    assert "encoder, 128 queries, bf16, forward + backward" in content["measured"]
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_an_operator_that_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
+) -> None:
+    def operator(value: Any, shapes: Any, locations: Any, weights: Any) -> Any:
+        if wrong == "gradient":
+            locations = locations.detach() + 0 * locations
+        result = deformable_operator.of_transformers(value, shapes, locations, weights)
+        return result * 1.001 if wrong == "output" else result
+
+    monkeypatch.setitem(deformable_operator.CONTENDERS, "codetr", operator)
+    with pytest.raises(Disagreement, match="codetr of ours and of transformers differ"):
+        run(monkeypatch, deformable_operator, tmp_path, *OPERATOR)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_floor_counts_every_byte_once() -> None:
+    shape = deformable_operator.Shape(2, [(4, 6), (2, 3)], 7, "bf16")
+    value, locations, weights = shape.inputs("cpu")
+    with torch.no_grad():
+        result = deformable_operator.of_transformers(value, shape.levels, locations, weights)
+    read = sum(t.numel() * t.element_size() for t in (value, locations, weights))
+    written = result.numel() * 2  # theirs is float32 under autocast
+    assert shape.floor_bytes(backward=False) == read + written
+    assert shape.floor_bytes(backward=True) == 3 * read + 2 * written
+
+
+# --------------------------------------------------------------------------- training and inference
+
+
+def test_detectors_compute_the_same() -> None:
+    report = Report("", detectors.PEER, {})
+    detector_step.require_agreement(report, TASK)
+    agreed = report.content()["agreement"]["training step"]
+    assert agreed.keys() == {"logits", "boxes", "losses", "scores", "trained parameters"}
+
+
+def test_detectors_with_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers_deformable
+
+    monkeypatch.setattr(transformers_deformable, "load_peer_weights", lambda *_: None)
+    report = Report("", detectors.PEER, {})
+    with pytest.raises(Disagreement, match="logits"):
+        gpu.require_agreement(report, TASK)
+
+
+@pytest.mark.parametrize("name", [detectors.PEER, detectors.PLAIN, "K = 2"])
+def test_a_step_trains(name: str) -> None:
+    torch.manual_seed(0)
+    contender = detectors.Theirs(TASK) if name == detectors.PEER else detectors.Ours(TASK, name)
+    assert len(contender.inference()) == 1
+    losses = [contender.training_step() for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+SMALL_EVALUATION = ("--images", "12", "--lvis-images", "8")
+
+
+def test_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    coco, lvis = run(monkeypatch, evaluation, tmp_path, *SMALL_EVALUATION)
+    assert (coco["peer"], lvis["peer"]) == ("pycocotools", "lvis")
+    for content in (coco, lvis):
+        (agreement,) = content["agreement"].values()
+        assert agreement.keys() == {"summary", "AP of each class"}
+
+
+def test_metrics_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def slightly_wrong(*arguments: Any) -> Any:
+        right = evaluate(*arguments)
+        return replace(right, summary={**right.summary, "AP": right.summary["AP"] + 1e-6})
+
+    monkeypatch.setattr(evaluation, "evaluate", slightly_wrong)
+    with pytest.raises(Disagreement, match="summary of ours and of pycocotools"):
+        run(monkeypatch, evaluation, tmp_path, *SMALL_EVALUATION)
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+IMAGES = ("--images", "4", "--height", "120", "--width", "160", "--workers", "0")
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (content,) = run(monkeypatch, loading, tmp_path, *IMAGES)
+    (agreement,) = content["agreement"].values()
+    assert {"pixels", "boxes", "labels"} < agreement.keys()
+
+
+def test_loading_with_other_transforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = loading.open_theirs
+
+    def other(folder: Path) -> Any:
+        monkeypatch.setattr(loading, "CONFIG", loading.CONFIG.model_copy(update={"flip": 0.0}))
+        return original(folder)
+
+    monkeypatch.setattr(loading, "open_theirs", other)
+    with pytest.raises(Disagreement, match="pixels of ours and of torchvision"):
+        run(monkeypatch, loading, tmp_path, *IMAGES)
+
+
+# ---------------------------------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize(("error", "refused"), [(0.0, False), (1e-3, True)])
+def test_scaling_wants_equal_losses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float, refused: bool
+) -> None:
+    def pretend(_: Path, trial: Any, contender: str, losses: dict[str, list[float]]) -> Any:
+        assert trial.detector.backbone.frozen_norm
+        losses[contender] = [10.0, 9.0 * (1 + error * (contender == "2 workers"))]
+        return {"steps_per_second": 2.0}
+
+    monkeypatch.setattr(scaling, "train", pretend)
+    words = ("--steps", "2", "--batch", "2", "--image-side", "32")
+    if refused:
+        with pytest.raises(Disagreement, match="first losses of 2 workers"):
+            run(monkeypatch, scaling, tmp_path, *words)
+    else:
+        (content,) = run(monkeypatch, scaling, tmp_path, *words)
+        assert content["measured"].keys() == {"K = 0", "K = 2"}
+
+
+# -------------------------------------------------------------------------------------------- GPU
+
+
+def test_gpu_names_what_it_had_no_time_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ("--device", "cpu", "--small", "--budget", "0")
+    (content,) = run(monkeypatch, gpu, tmp_path, *words)
+    assert {"golden folders", "operator", "bf16: K = 2", "bf16, compiled: K = 1"} <= content[
+        "left_out"
+    ].keys()
+    assert content["measured"] == {}
+    assert content["memory_beside_paper"]["K = 2"]["hours_in_the_paper"] == 1.714
+
+
+def test_gpu_names_what_failed_and_goes_on() -> None:
+    stages = gpu.Stages(60)
+
+    def fails() -> None:
+        raise Disagreement("they differ")
+
+    done: list[int] = []
+    stages.run("first", 0, fails)
+    stages.run("second", 0, lambda: done.append(1))
+    assert stages.failed == {"first": "Disagreement: they differ"}
+    assert done == [1]
+    assert stages.took.keys() == {"first", "second"}
+
+
+def test_gpu_stops_what_takes_too_long() -> None:
+    stages = gpu.Stages(0.2)
+    stages.run("endless", 0, threading.Event().wait)
+    assert stages.left_out["endless"].startswith("stopped after 0 s")
+
+
+def test_gpu_measures_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "HEADS", {"K = 1": ["atss"]})
+    stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
+    gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
+    assert stages.failed.keys() == {"training step, bf16", "inference, bf16"}, "without agreement"
+    stages.failed.clear()
+    gpu.require_agreement(report, TASK)
+    gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
+    assert not stages.failed
+    medians = report.content()["measured"]["training step, bf16"]["medians"]
+    assert medians.keys() == {detectors.PEER, detectors.PLAIN, "K = 1"}
+
+
+def test_gpu_needs_the_detectors_dependencies_alone() -> None:
+    program = (
+        "import sys; import gpu, detectors, transformers_deformable; import codetr.training; "
+        "absent = 'ray mlflow sklearn hotcoco pycocotools lvis rich typer pytest optuna'.split(); "
+        "sys.exit(str(found) if (found := [m for m in absent if m in sys.modules]) else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_step_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with Elsewhere(detectors.build, TASK, "K = 0") as process:
+        before = process.do("inference")[1]["peak_mib"]
+        assert process.do("training step")[1]["peak_mib"] >= before > 50
