@@ -165,5 +165,5 @@ def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
             axes.set(xlabel="IoB: background above the threshold", title=title)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         panels[0, 0].set_ylabel("IoF: foreground above the threshold")
-        panels[0, 0].legend(loc="lower right", fontsize=8)
+        panels[0, 1].legend(loc="lower right", fontsize=8)
     return path
