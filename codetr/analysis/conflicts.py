@@ -255,10 +255,13 @@ def _draw_matrices(measurements: Sequence[Measurement], folder: Path, paper: Tab
         if name in paper and size in sizes
     ]
     path = folder / "conflicts.png"
-    side = max(3.2, 0.65 * max(sizes))
-    size = (side * len(shown_), side + 0.5)
-    with picture(path, 1, len(shown_), size=size, axes_grid=False, font_size=8) as (_, panels):
-        for axes, (title, names, matrix) in zip(panels[0], shown_, strict=True):
+    side, columns = max(3.2, 0.65 * max(sizes)), min(4, len(shown_))
+    rows = -(-len(shown_) // columns)
+    size = (side * columns, (side + 0.5) * rows)
+    with picture(path, rows, columns, size=size, axes_grid=False, font_size=8) as (_, panels):
+        for axes in panels.flat[len(shown_) :]:
+            axes.axis("off")
+        for axes, (title, names, matrix) in zip(panels.flat, shown_, strict=False):
             axes.imshow(matrix, cmap="viridis")
             for (row, column), value in np.ndenumerate(matrix):
                 dark = not value > 0.6 * np.nanmax(matrix)
