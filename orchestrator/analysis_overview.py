@@ -76,8 +76,8 @@ def write_overview(
             "",
             "Every dot is a trial, lines join the means; grey is the paper on COCO, on an axis of "
             "its own. The paper's argument: auxiliary heads make features more discriminative and "
-            "AP higher, until heads that disagree get in each other's way. A single head's "
-            "conflict is its distance from the query head; several heads' is that among themselves.",
+            "AP higher, until heads that disagree get in each other's way. With K = 1 the conflict "
+            "is the head's distance from the query head, with more heads that among themselves.",
             "",
         ]
     lines += [*_table(plan, points), ""]
