@@ -36,6 +36,7 @@ from codetr.distributed import (
     world_size,
 )
 from codetr.inference import detect
+from codetr.matching.stability import Matches, MatchRecorder
 from codetr.parameter_groups import parameter_groups
 from codetr.progress import EpochReport, Progress, StepReport, StepValues
 from codetr.queries.selection import QUERY
@@ -470,11 +471,13 @@ class Evaluation:
         metrics: equal on all ranks.
         detections: by image id, in pixels of the image files; empty on other ranks than 0.
         cost: of detecting and measuring.
+        matches: the query of each object, if they were asked for; on rank 0.
     """
 
     metrics: Metrics
     detections: dict[int, Detections]
     cost: Cost
+    matches: Matches = field(default_factory=dict)
 
 
 def evaluate(
@@ -484,6 +487,7 @@ def evaluate(
     engine: Engine = "hotcoco",
     *,
     branch: str = QUERY,
+    record_matches: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Detect in every image of the data set, in fp32, and measure on rank 0.
@@ -494,19 +498,25 @@ def evaluate(
         dataset: what the loader reads, with its annotations.
         engine: see :func:`codetr.metrics.evaluate`.
         branch: see :meth:`CoDETR.detect`.
+        record_matches: also match the objects with the queries; only of the query branch.
         on_batch: called after each batch with this rank's number of batches done and in all.
     """
     from codetr.metrics import evaluate as compute_metrics  # the engines are not needed to train
 
     meter = CostMeter(next(model.parameters()).device)
     own: dict[int, Detections] = {}
+    recorder = MatchRecorder(model)
     model.eval()
-    for done, (batch, targets) in enumerate(loader, start=1):
-        found = detect(model, batch, [t.original_size for t in targets], branch)
-        own |= {t.image_id: detections for t, detections in zip(targets, found, strict=True)}
-        if on_batch:
-            on_batch(done, len(loader))
-    shares = gather_on_rank_zero(own)
-    detections = {image: found for share in shares for image, found in share.items()}
+    with recorder if record_matches else nullcontext():
+        for done, (batch, targets) in enumerate(loader, start=1):
+            found = detect(model, batch, [t.original_size for t in targets], branch)
+            own |= {t.image_id: detections for t, detections in zip(targets, found, strict=True)}
+            if record_matches:
+                recorder.note(targets, batch.sizes)
+            if on_batch:
+                on_batch(done, len(loader))
+    shares = gather_on_rank_zero((own, recorder.matches))
+    detections = {image: found for share, _ in shares for image, found in share.items()}
+    matches = {image: found for _, share in shares for image, found in share.items()}
     metrics = from_rank_zero(lambda: compute_metrics(dataset, detections, engine))
-    return Evaluation(metrics, detections, meter.read())
+    return Evaluation(metrics, detections, meter.read(), matches)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from orchestrator import control_cli, sweep_cli, zoo_cli
+from orchestrator import analyze_cli, control_cli, sweep_cli, zoo_cli
 from orchestrator.options import (
+    AnalyzeOption,
     DetachOption,
     GpusPerWorkerOption,
     GraceOption,
@@ -33,6 +34,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make the embedded data set; check any.")
 app.add_typer(data_app, name="data")
 app.command()(sweep_cli.sweep)
+app.command()(analyze_cli.analyze)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(job_app, name="job")
 
@@ -140,6 +142,7 @@ def run(
     ] = "failed",
     storage: StorageOption = None,
     grace: GraceOption = 30.0,
+    analyze: AnalyzeOption = None,
     detach: DetachOption = False,
 ) -> None:
     """Run an experiment: train every arm with every seed, and compare.
@@ -165,6 +168,7 @@ def run(
         rerun=rerun,
         storage=storage,
         grace=grace,
+        analyze=analyze,
     )
     asked = load_experiment(experiment)
     if submits(options.address, detach=detach):

@@ -45,6 +45,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         *_by_arm("training", plan, _training_text),
         *_schedules(plan),
         ("resources", _resources_text(plan)),
+        *([("analyses", ", ".join(plan.analyses))] if plan.analyses else []),
         ("output", str(plan.folder)),
         ("tracking", without_password(plan.tracking_uri)),
     ]

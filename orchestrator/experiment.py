@@ -147,6 +147,8 @@ class Experiment(Layer):
     """Where it was read; named by error messages."""
     question: str
     paper: PaperRows | None = None
+    analyze: str = "none"
+    """Analyses of the trained detectors: ``all``, ``none``, or names, as ``conflicts,queries``."""
     seeds: Seeds = (0,)
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     profiles: Annotated[dict[ProfileName, Profile], Field(min_length=1)]

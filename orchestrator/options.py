@@ -26,6 +26,14 @@ StorageOption = Annotated[
         metavar="URL", help="Where checkpoints lie, as s3://bucket/path. Default: below OUTPUT."
     ),
 ]
+AnalyzeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--analyze",
+        metavar="all|none|LIST",
+        help="Look at the trained detectors in the end: see 'codetr analyze --list'.",
+    ),
+]
 DetachOption = Annotated[
     bool, typer.Option("--detach", help="With --address http://…: return once submitted.")
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
+from codetr.plotting import COLOURS, STYLE, save
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan
 from orchestrator.results import ArmSummary, TrialResult, summarise
@@ -24,19 +25,6 @@ if TYPE_CHECKING:
 
     from codetr.data import CocoDataset
     from codetr.structures import Detections
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind readers can tell apart; without yellow, unseen on white."""
-
-STYLE = {
-    "figure.dpi": 150,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 
 
 def draw_all(plan: Plan, results: list[TrialResult]) -> list[Path]:
@@ -252,10 +240,3 @@ def _colours(results: list[TrialResult]) -> dict[str, str]:
     """Every arm keeps its colour, whichever of them are shown."""
     arms = dict.fromkeys(result.trial.arm for result in results)
     return dict(zip(arms, cycle(COLOURS), strict=False))
-
-
-def save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path

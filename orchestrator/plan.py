@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
+from codetr.analysis import CATALOGUE, require_known
 from codetr.config import (
     ConfigError,
     DataConfig,
@@ -129,6 +130,8 @@ class Options:
     rerun: Rerun = "failed"
     grace: float = 30.0
     """Seconds that trials under way have to save when the run is asked to end."""
+    analyze: str | None = None
+    """As :attr:`Experiment.analyze`; None: as the experiment has it."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Plan:
         why: one line that says which profile was chosen and how to choose another.
         output: absolute.
         address: of the Ray cluster; None: one is started on this machine.
+        analyses: with which the trained detectors are looked at in the end, by name.
     """
 
     name: str
@@ -152,6 +156,7 @@ class Plan:
     tracking_uri: str
     address: str | None = None
     options: Options = field(default_factory=Options)
+    analyses: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -211,6 +216,7 @@ def make_plan(experiment: Experiment, options: Options) -> Plan:
         tracking_uri=options.tracking_uri or f"sqlite:///{output / 'mlflow.db'}",
         address=options.address,
         options=options,
+        analyses=_analyses(experiment, options),
     )
 
 
@@ -353,6 +359,18 @@ def _resources(profile: Profile, options: Options, trials: tuple[Trial, ...]) ->
         machine.require_room(resources)
     machine.require_even_shares(resources, batch_sizes)
     return resources
+
+
+def _analyses(experiment: Experiment, options: Options) -> tuple[str, ...]:
+    """The names that ``--analyze``, or else the experiment, asks for."""
+    given = experiment.analyze if options.analyze is None else options.analyze
+    source = f"{experiment.file}: analyze" if options.analyze is None else "--analyze"
+    if given in ("all", "none"):
+        return tuple(CATALOGUE) if given == "all" else ()
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        require_known(name, source)
+    return tuple(dict.fromkeys(names))
 
 
 def _require_different(trials: tuple[Trial, ...]) -> None:

@@ -70,6 +70,13 @@ class Attach(_Told):
     files: list[Path]
 
 
+class Measure(_Told):
+    do: Literal["measure"] = "measure"
+    trial: Trial
+    values: dict[str, float]
+    step: int
+
+
 class End(_Told):
     do: Literal["end"] = "end"
     trial: Trial
@@ -83,7 +90,7 @@ class Close(_Told):
     files: list[Path]
 
 
-Operation = Begin | Adopt | Discard | Record | Describe | Attach | End | Close
+Operation = Begin | Adopt | Discard | Record | Describe | Attach | Measure | End | Close
 _FROM_TEXT: TypeAdapter[Operation] = TypeAdapter(Annotated[Operation, Field(discriminator="do")])
 
 
@@ -103,6 +110,8 @@ def perform(operation: Operation, tracker: Tracker) -> None:
             tracker.describe(some, tags)
         case Attach(trial=trial, files=files):
             tracker.attach(trial, files)
+        case Measure(trial=trial, values=values, step=step, at=at):
+            tracker.measure(trial, values, step, at)
         case End(trial=trial, status=status, reason=reason, at=at):
             tracker.end(trial, status, reason, at)
         case Close(status=status, files=files, at=at):
@@ -173,6 +182,10 @@ class Recorder:
         """Files for the trial's artifacts."""
         if files:
             self._put(Attach(trial=trial, files=files, **self._now))
+
+    def measure(self, trial: Trial, values: dict[str, float], step: int) -> None:
+        """What was found in the trial's detector after the epoch ``step``."""
+        self._put(Measure(trial=trial, values=values, step=step, **self._now))
 
     def end(self, trial: Trial, status: Status, reason: str | None = None) -> None:
         """The trial has ended so."""

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from codetr.config import ConfigError
+from orchestrator.analyses import Analyses
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
@@ -214,6 +215,7 @@ class _Run:
         self.results: dict[str, TrialResult] = {}
         self.begun: set[str] = set()
         self.slots = 0
+        self._analyses = Analyses(plan, view, interrupts, self.results)
 
     def outcome(self) -> Outcome:
         interrupted = None
@@ -221,9 +223,11 @@ class _Run:
             done = self._done_before()
             waiting = [trial for trial in self.plan.trials if trial.id not in done]
             try:
-                self._start(with_ray=bool(waiting))
+                looks = self._analyses.missing(done.values())
+                self._start(with_ray=bool(waiting or looks))
                 self._take_over(done)
                 self._train(waiting)
+                self._analyses.look(self._tell, self.slots)
             except Interrupted as asked:
                 interrupted = asked.exit_code
             with self.interrupts.shield():
@@ -428,6 +432,7 @@ class _Run:
             from orchestrator.pictures import draw_all
 
             outcome.files += self._write(draw_all, results)
+            outcome.files += self._write(self._analyses.write, results)
         if self.recorder is not None:
             patience = 10 if interrupted else 60
             self.recorder.close(outcome.status, outcome.files, patience)

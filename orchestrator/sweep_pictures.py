@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from orchestrator.pictures import COLOURS, STYLE, save
+from codetr.plotting import COLOURS, STYLE, save
 from orchestrator.space import Dimension
 from orchestrator.sweep import Sweep
 from orchestrator.sweep_report import ABSENT, Row, importance, pareto_front, real_choices

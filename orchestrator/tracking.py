@@ -37,6 +37,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARAM_LENGTH = 500
 """MLflow's servers have refused longer values; nobody reads them either."""
 
+METRICS_AT_ONCE = 1000
+"""More are refused by MLflow's servers."""
+
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """MLflow's codes of errors that trying again cannot mend."""
 
@@ -253,6 +256,26 @@ class Tracker:
                 self.client.log_batch(run_id, metrics=points)
         if notes:
             self.client.set_tag(run_id, "notes", "\n".join(notes))
+
+    def measure(self, trial: Trial, values: dict[str, float], step: int, at: float) -> None:
+        """Log what was found in the trial's detector, as far as the run does not have it yet.
+
+        Args:
+            values: by name.
+            step: the epoch of the detector.
+            at: when it was found, in seconds since 1970.
+        """
+        from mlflow.entities import Metric
+
+        run_id = self._run(trial)
+        known = self.client.get_run(run_id).data.metrics
+        points = [
+            Metric(key, value, int(1000 * at), step)
+            for key, value in values.items()
+            if known.get(key) != value
+        ]
+        for start in range(0, len(points), METRICS_AT_ONCE):
+            self.client.log_batch(run_id, metrics=points[start : start + METRICS_AT_ONCE])
 
     def describe(self, trial: Trial | None, tags: dict[str, str]) -> None:
         """Tag the trial's run, or the invocation's."""

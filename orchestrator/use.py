@@ -57,10 +57,10 @@ def evaluate_checkpoint(
     from codetr.training import evaluate
 
     trained, model = _load(checkpoint, branch)
-    dataset = open_dataset(_data_config(trained.data, data), "val")
+    dataset = open_dataset(data_config(trained.data, data), "val")
     dataset.classes.require_same(trained.classes, str(dataset.annotations), trained.source)
     loader = build_loader(dataset, batch_size, training=False)
-    metrics = evaluate(model.to(_device()), loader, dataset, engine, branch=branch).metrics
+    metrics = evaluate(model.to(device()), loader, dataset, engine, branch=branch).metrics
     if json_file is not None:
         # JSON has no NaN: what is undefined, as the AP of large objects without any, is null.
         summary = {k: v if math.isfinite(v) else None for k, v in metrics.summary.items()}
@@ -110,7 +110,7 @@ def predict_images(
     taken: set[Path] = set()
     found: list[Prediction] = []
     for prediction in predict(
-        model.to(_device()), files, trained.data, branch=branch, batch_size=batch_size
+        model.to(device()), files, trained.data, branch=branch, batch_size=batch_size
     ):
         picture = draw(
             prediction.image, prediction.detections, trained.classes, min_score=min_score
@@ -168,13 +168,13 @@ def _load(place: str, branch: str) -> tuple[Weights, CoDETR]:
     return weights, weights.build()
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _data_config(trained_on: DataConfig, data: str) -> DataConfig:
+def data_config(trained_on: DataConfig, data: str) -> DataConfig:
     """Images resized and normalised as in training, from another place."""
     embedded = data in ("digits", "digits-lvis")
     place = {

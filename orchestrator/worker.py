@@ -21,12 +21,14 @@ from orchestrator.trial_log import log, trial_log
 
 if TYPE_CHECKING:
     from codetr.cost import Cost, ParameterCount
+    from codetr.matching.stability import Matches
     from codetr.progress import EpochReport, StepReport
     from codetr.training import Evaluation, TrainingState
     from orchestrator.storage import Storage
 
 HISTORY, NOTES = "history.json", "notes.json"
 PREDICTIONS, PER_CLASS = "predictions.json", "per_class.json"
+MATCHES = "matches.json"
 """Beside the detector's own file in each checkpoint; the notes are those of no epoch yet."""
 
 STOP, STOPPED, RESIZED = "stop", "stopped as asked", "resized"
@@ -162,6 +164,7 @@ class _Training:
         tell(Progress("building"))
         self.history: History = []
         self.notes: list[str] = []
+        self.matches: Matches = {}
         self.state = self._start_or_resume(job["storage"])
         self._share_out(job["board"], job["full_strength"])
         self.parameters = ParameterCount.of(self.state.model)
@@ -199,6 +202,7 @@ class _Training:
             state.training = training.model_copy(update={"accumulate": parts})
             self.history = read_history(saved)
             self.notes += read_notes(saved)
+            self.matches = read_matches(saved)
         return state
 
     def _share_out(self, board: Any, full_strength: int) -> None:
@@ -280,11 +284,15 @@ class _Training:
         if epoch % config.evaluate_every == 0 or epoch == config.epochs:
             self.tell(Progress("evaluating", epoch, report.steps))
             val_loader = self.build_loader(self.val_set, training=False)
-            evaluation = evaluate(state.model, val_loader, self.val_set, self.trial.data.engine)
+            evaluation = evaluate(
+                state.model, val_loader, self.val_set, self.trial.data.engine, record_matches=True
+            )
             state.metrics = evaluation.metrics.summary
             state.cost = state.cost + evaluation.cost
             self.evaluation_seconds = evaluation.cost.seconds
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
+            values |= _changes(self.matches, evaluation.matches)
+            self.matches = evaluation.matches
         values |= _cost_values(state.cost, self.parameters)
         self.history.append(Epoch(epoch, state.step, values, tuple(self.notes), time.time()))
         log.info("%s", _log_line(self.history[-1], config.epochs))
@@ -337,6 +345,7 @@ class _Training:
         save_checkpoint(self.state.checkpoint(), folder / FILE_NAME)
         (folder / HISTORY).write_text(json.dumps([asdict(epoch) for epoch in self.history]))
         (folder / NOTES).write_text(json.dumps(self.notes))
+        (folder / MATCHES).write_text(json.dumps(self.matches))
         if evaluation is not None:
             results = to_coco_results(evaluation.detections, self.val_set.classes)
             (folder / PREDICTIONS).write_text(json.dumps(results))
@@ -368,6 +377,14 @@ def _training_values(report: EpochReport) -> dict[str, float]:
 def _measured(values: dict[str, float]) -> dict[str, float]:
     """Without what is undefined, as the AP of large objects where there are none."""
     return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _changes(before: Matches, after: Matches) -> dict[str, float]:
+    """How the matching of queries differs from the evaluation before; nothing at the first."""
+    from codetr.matching.stability import instability
+
+    change = instability(before, after)
+    return {} if change is None else {f"matching/{k}": v for k, v in asdict(change).items()}
 
 
 def _cost_values(cost: Cost, parameters: ParameterCount) -> dict[str, float]:
@@ -408,6 +425,7 @@ def newest_sound(
             load_checkpoint(folder)
             read_history(folder)
             read_notes(folder)
+            read_matches(folder)
         except (CheckpointError, OSError, ValueError) as error:
             problems.append(str(error))
             continue
@@ -431,3 +449,10 @@ def read_notes(folder: Path) -> list[str]:
     """What befell the trial in the epoch that the checkpoint is within."""
     notes: list[str] = json.loads((folder / NOTES).read_text())
     return notes
+
+
+def read_matches(folder: Path) -> Matches:
+    """The matching of the last evaluation; empty where the checkpoint has none."""
+    if not (file := folder / MATCHES).exists():
+        return {}
+    return {int(image): queries for image, queries in json.loads(file.read_text()).items()}

@@ -147,8 +147,8 @@ def evaluation(folder: Path):
     detector = tiny_detector().model_copy(update={"num_classes": len(dataset.classes)})
     loader = build_loader(dataset, 2, rank=rank(), world_size=world_size(), training=False)
     torch.manual_seed(0)
-    result = evaluate(CoDETR(detector), loader, dataset)
-    return result.metrics.summary, result.detections
+    result = evaluate(CoDETR(detector), loader, dataset, record_matches=True)
+    return result.metrics.summary, result.detections, result.matches
 
 
 def failure_on_rank_zero():
@@ -290,8 +290,13 @@ def test_a_nan_on_one_rank_stops_all_alike(ranks):
 
 
 def test_evaluation_equals_that_of_one_process(ranks, folder):
-    metrics, detections = evaluation(folder)
-    (metrics_0, detections_0), (metrics_1, detections_1) = (r["evaluation"] for r in ranks)
+    metrics, detections, matches = evaluation(folder)
+    (metrics_0, detections_0, matches_0), (metrics_1, detections_1, matches_1) = (
+        r["evaluation"] for r in ranks
+    )
+    assert matches_0 == matches
+    assert matches.keys() == detections.keys()
+    assert matches_1 == {}
     assert metrics_0 == pytest.approx(metrics, nan_ok=True, abs=1e-6)
     assert metrics_1 == pytest.approx(metrics_0, nan_ok=True)
     assert detections_1 == {}

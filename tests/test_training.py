@@ -417,4 +417,5 @@ def test_evaluation_scales_boxes_back_to_the_image_files(tmp_path):
     assert result.metrics.summary["AP"] == pytest.approx(1.0)
     assert sorted(result.detections) == sorted(dataset.table.image_ids.tolist())
     assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert result.matches == {}  # nobody asked
     assert result.cost.seconds > 0

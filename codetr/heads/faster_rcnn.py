@@ -56,3 +56,8 @@ class FasterRcnnHead(Head):
         prediction = self.rpn(pyramid)
         proposals = self.rpn.propose(prediction, sizes, self.config.rpn.test_nms_pre)
         return self.rcnn.detect(pyramid[:-1], proposals, sizes)
+
+    def class_scores(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        """Of RCNN on the proposals, whose boxes carry no gradient."""
+        proposals = self.rpn.propose(self.rpn(pyramid), sizes, self.config.rpn.test_nms_pre)
+        return self.rcnn.class_scores(pyramid[:-1], proposals)

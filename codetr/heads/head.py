@@ -49,3 +49,14 @@ class Head(nn.Module):
     def detect(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Detections of each image by this head alone, best first (table 11)."""
         raise NotImplementedError
+
+    def class_scores(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        """(B, classes): how much of each class this head finds in each image; its gradient on the
+        pyramid says where it finds it (Grad-CAM, :mod:`codetr.analysis.conflicts`).
+
+        The sum of the class's probability over all that the head predicts for an image: every valid
+        anchor or point of a dense head, every proposal of an R-CNN. Background, centerness and
+        objectness do not count: it is the head's classification alone. What lies in the padding is
+        left out, and an image's scores do not depend on the others of the batch.
+        """
+        raise NotImplementedError

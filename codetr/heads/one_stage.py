@@ -228,6 +228,11 @@ class OneStageHead(Head):
             keep=self.config.test_keep,
         )
 
+    def class_scores(self, pyramid: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        prediction = self.predict(pyramid)
+        valid = prediction.anchors.valid(sizes)
+        return (prediction.logits.sigmoid() * valid[..., None]).sum(1)
+
 
 def count_positives(assigned: Tensor) -> Tensor:
     """Scalar: positives of the batch (B, N), of which every image counts at least one."""

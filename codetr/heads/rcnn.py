@@ -141,6 +141,12 @@ class Rcnn(nn.Module):
         # Where one box serves all classes, it is shown once for each.
         return self.cls(hidden).float(), deltas.expand(-1, self.num_classes, -1)
 
+    def class_scores(self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor]) -> Tensor:
+        """(B, classes): probability of each class, summed over each image's proposals (n, 4)."""
+        logits, _ = self.predict(self.roi_features(pyramid, proposals))
+        scores = logits.softmax(-1)[:, :-1].split([len(p) for p in proposals])
+        return torch.stack([of_image.sum(0) for of_image in scores])
+
     def _losses(
         self, logits: Tensor, deltas: Tensor, samples: Sequence[RoiSamples]
     ) -> dict[str, Tensor]:

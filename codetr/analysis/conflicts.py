@@ -1,0 +1,295 @@
+"""How far apart the heads look (equations 9-12, figures 6, 8 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codetr.analysis.frame import (
+    Analysis,
+    Arrays,
+    Measurement,
+    Numbers,
+    Seen,
+    Tables,
+    shown,
+    shrunk,
+)
+from codetr.analysis.grad_cam import branch_scores, grad_cams
+from codetr.analysis.maps import as_fraction
+from codetr.analysis.page import groups, image, images_of, means, ranking, table, write_page
+from codetr.plotting import picture
+from codetr.queries.selection import QUERY
+
+FIGURES = {3: "figure8_conflict_k2", 7: "figure9_conflict_k6"}
+"""The paper's matrices, by their size."""
+
+PAPER = (
+    "The paper (figures 6, 8 and 9) saw heads look further apart the more of them there are, so "
+    "that six different heads help less than two: its average over the auxiliary heads is "
+    "{k2:.4f} for K = 2 and {k6:.4f} for K = 6."
+)
+
+
+def as_distribution(map_: Tensor) -> Tensor:
+    """C of equation 9: a Grad-CAM (H, W) scaled to [0, 1], and its softmax over the pixels.
+
+    The paper says that maps are normalised, not how. This way every pixel has some weight, so that
+    the divergence is finite without a constant to choose, and of the paper's order of magnitude.
+    """
+    return as_fraction(map_.double()).flatten().softmax(0).view_as(map_)
+
+
+def divergence(first: Tensor, second: Tensor) -> float:
+    """KL(first || second) in nats of two positive maps (H, W) that sum to one (equation 9)."""
+    return float((first * (first / second).log()).sum())
+
+
+def distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) average distance of each of n heads from the others, in both directions (equation 12).
+
+    Args:
+        matrix: (n, n) divergence of the row's head from the column's; NaN where a pair is
+            undefined, which then does not count.
+    """
+    both = (matrix + matrix.T) / 2
+    np.fill_diagonal(both, np.nan)
+    return mean_of_finite(both, axis=1)
+
+
+def mean_of_finite(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """The mean of what is no NaN; NaN where nothing else is."""
+    counts = np.isfinite(values).sum(axis)
+    sums = np.nansum(values, axis=axis)
+    return np.divide(sums, counts, out=np.full(np.shape(counts), np.nan), where=counts > 0)
+
+
+def head_distances(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K,) of each auxiliary head from the other auxiliary heads; a single one from the query head.
+
+    Args:
+        matrix: (K + 1, K + 1), the query head first.
+    """
+    heads = matrix if len(matrix) == 2 else matrix[1:, 1:]
+    return distances(heads)[-(len(matrix) - 1) :]
+
+
+class Conflicts(Analysis):
+    """Numbers: ``kl/A/B``, the divergence of A's map from B's, mean over the images in which both
+    have one; ``distance/HEAD`` (equation 12; with K = 1 from the query head); ``from_all/BRANCH``,
+    the same among all branches, the query head included; ``conflict``, the mean of ``distance``;
+    ``images_without_objects``; ``zero_maps/BRANCH``, in how many images a branch's map was zero.
+    """
+
+    name = "conflicts"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.branches = [QUERY, *self.model.config.head_names]
+        self.matrices: dict[int, NDArray[np.float64]] = {}
+        self.zero = dict.fromkeys(self.branches, 0)
+        self.without_objects = 0
+        self.pictures: Arrays = {}
+
+    def update(self, seen: Seen) -> None:
+        sizes = seen.batch.sizes
+        with torch.no_grad():
+            memory = self.model.encode(seen.batch)
+        maps = grad_cams(branch_scores(self.model, sizes), memory, seen.targets, sizes)
+        for number, (index, targets) in enumerate(zip(seen.indices, seen.targets, strict=True)):
+            if not len(targets):
+                self.without_objects += 1
+                continue
+            of_image = {name: as_fraction(maps[name][number]) for name in self.branches}
+            self._compare(index, of_image)
+            if index in self.examples:
+                self._keep(index, seen.batch.pixels[number], of_image)
+
+    def _compare(self, index: int, maps: dict[str, Tensor]) -> None:
+        matrix = np.full((len(maps), len(maps)), np.nan)
+        is_zero = [not map_.any() for map_ in maps.values()]
+        for name, zero in zip(maps, is_zero, strict=True):
+            self.zero[name] += zero
+        shares = [as_distribution(map_) for map_ in maps.values()]
+        for i, first in enumerate(shares):
+            for j, second in enumerate(shares):
+                if not (is_zero[i] or is_zero[j]):
+                    matrix[i, j] = 0.0 if i == j else divergence(first, second)
+        self.matrices[index] = matrix
+
+    def _keep(self, index: int, pixels: Tensor, maps: dict[str, Tensor]) -> None:
+        self.pictures[f"image/{index}"] = shown(pixels, self.subject.checkpoint.data)
+        for name, map_ in maps.items():
+            self.pictures[f"cam/{index}/{name}"] = shrunk(map_[None])[0].cpu().numpy()
+
+    def finish(self) -> tuple[Numbers, Arrays]:
+        by_image = np.stack([self.matrices[index] for index in sorted(self.matrices)])
+        counts = np.isfinite(by_image).sum(0)
+        matrix = mean_of_finite(by_image, axis=0)
+        numbers: Numbers = {
+            f"kl/{a}/{b}": matrix[i, j]
+            for i, a in enumerate(self.branches)
+            for j, b in enumerate(self.branches)
+            if i != j
+        }
+        own = head_distances(matrix)
+        for name, distance in zip(self.branches[1:], own, strict=True):
+            numbers[f"distance/{name}"] = distance
+        for name, distance in zip(self.branches, distances(matrix), strict=True):
+            numbers[f"from_all/{name}"] = distance
+        numbers["conflict"] = float(mean_of_finite(own, axis=0))
+        numbers["images_without_objects"] = self.without_objects
+        numbers |= {f"zero_maps/{name}": count for name, count in self.zero.items()}
+        return numbers, {"matrix": matrix, "images": counts, **self.pictures}
+
+    @classmethod
+    def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
+        matrices = _draw_matrices(measurements, folder, paper)
+        maps = _draw_maps(measurements, folder)
+        page = write_page(
+            folder / f"{cls.name}.md",
+            "Conflicts of heads",
+            seen="The auxiliary heads' average distance is "
+            f"{ranking(measurements, 'conflict', '.4f')}.",
+            paper=_paper_sentence(paper),
+            about=images_of(measurements),
+            blocks=[
+                _distance_table(measurements, paper),
+                image(matrices, "KL divergence between the maps of each ordered pair of heads"),
+                image(maps, "Grad-CAM of each head"),
+                _method(measurements),
+            ],
+        )
+        return [page, matrices, maps]
+
+
+def paper_conflict(paper: Tables) -> dict[int, float]:
+    """The paper's average distance of the auxiliary heads, by K (figures 8 and 9)."""
+    return {
+        size - 1: float(head_distances(np.array(paper[name]["matrix"])).mean())
+        for size, name in FIGURES.items()
+        if name in paper
+    }
+
+
+def _paper_sentence(paper: Tables) -> str:
+    averages = {f"k{k}": value for k, value in paper_conflict(paper).items()}
+    return PAPER.format(**averages) if len(averages) == 2 else PAPER.partition(":")[0] + "."
+
+
+def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
+    """Average distance of each auxiliary head, the paper's below."""
+    found = [
+        (group, _named(means(some), "distance/"), _named(means(some), "from_all/"))
+        for group, some in groups(measurements).items()
+    ]
+    for size, name in FIGURES.items():
+        if name in paper:
+            matrix, order = np.array(paper[name]["matrix"]), paper[name]["order"]
+            own = dict(zip(order[1:], head_distances(matrix).tolist(), strict=True))
+            among_all = dict(zip([QUERY, *order[1:]], distances(matrix).tolist(), strict=True))
+            found.append((f"the paper, K = {size - 1}, COCO", own, among_all))
+    heads = [*dict.fromkeys(head for _, own, _ in found for head in own)]
+    return table(
+        ["detector", *heads, "mean", "query head, from all heads"],
+        [
+            [
+                name,
+                *(own.get(head) for head in heads),
+                float(np.mean([*own.values()])) if own else None,
+                among_all.get(QUERY),
+            ]
+            for name, own, among_all in found
+        ],
+    )
+
+
+def _named(numbers: Numbers, prefix: str) -> Numbers:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in numbers.items()
+        if name.startswith(prefix)
+    }
+
+
+def _method(measurements: Sequence[Measurement]) -> str:
+    empty = max(one.numbers["images_without_objects"] for one in measurements)
+    zero = [
+        f"{name} {count:.0f} ({one.label})"
+        for one in measurements
+        for name, count in _named(one.numbers, "zero_maps/").items()
+        if count
+    ]
+    return (
+        "A head's map is the Grad-CAM, on the encoder's output, of the class scores that it gives "
+        "to the classes present, summed over its predictions; scaled to [0, 1], then a softmax "
+        "over the pixels. The paper does not say how it normalised: compare differences more than "
+        "values. A row's distance is equation 12: both directions, from the other auxiliary heads; "
+        "a single head's is its distance from the query head.\n\n"
+        f"Left out: {empty:.0f} images without objects, which have no class to explain; maps that "
+        f"were zero everywhere, with their pairs: {', '.join(zero) or 'none'}."
+    )
+
+
+def _draw_matrices(measurements: Sequence[Measurement], folder: Path, paper: Tables) -> Path:
+    """Every group's matrix, and below it the paper's of the same size, if there is one."""
+    shown_: list[tuple[str, list[str], NDArray[Any]]] = [
+        (
+            group,
+            [QUERY, *some[0].facts["heads"]],
+            np.stack([one.arrays["matrix"] for one in some]).mean(0),
+        )
+        for group, some in groups(measurements).items()
+        if len({one.arrays["matrix"].shape for one in some}) == 1
+    ]
+    sizes = {len(names) for _, names, _ in shown_}
+    shown_ += [
+        (f"the paper, K={size - 1}", paper[name]["order"], np.array(paper[name]["matrix"]))
+        for size, name in FIGURES.items()
+        if name in paper and size in sizes
+    ]
+    path = folder / "conflicts.png"
+    side, columns = max(3.2, 0.65 * max(sizes)), min(4, len(shown_))
+    rows = -(-len(shown_) // columns)
+    size = (side * columns, (side + 0.5) * rows)
+    with picture(path, rows, columns, size=size, axes_grid=False, font_size=8) as (_, panels):
+        for axes in panels.flat[len(shown_) :]:
+            axes.axis("off")
+        for axes, (title, names, matrix) in zip(panels.flat, shown_, strict=False):
+            axes.imshow(matrix, cmap="viridis")
+            for (row, column), value in np.ndenumerate(matrix):
+                dark = not value > 0.6 * np.nanmax(matrix)
+                axes.text(
+                    column, row, f"{value:.4f}", ha="center", va="center", fontsize=7,
+                    color="white" if dark else "black",
+                )  # fmt: skip
+            axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+            axes.set_yticks(range(len(names)), names)
+            axes.set_title(f"{title}: KL(row ‖ column)", fontsize=9)
+    return path
+
+
+def _draw_maps(measurements: Sequence[Measurement], folder: Path) -> Path:
+    """Of the group with most heads: images in rows, the map of each head in columns."""
+    chosen = max(measurements, key=lambda one: len(one.facts["heads"]))
+    names = [QUERY, *chosen.facts["heads"]]
+    indices = sorted(int(n.split("/")[1]) for n in chosen.arrays if n.startswith("image/"))
+    path, columns = folder / "conflicts_maps.png", 1 + len(names)
+    size = (1.9 * columns, 1.9 * len(indices) + 0.5)
+    with picture(path, len(indices), columns, size=size, axes_grid=False) as (figure, panels):
+        figure.suptitle(f"Grad-CAM of {chosen.group}", fontsize=9)
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, title in zip(panels[0], ["image", *names], strict=True):
+            axes.set_title(title, fontsize=8)
+        for row, index in zip(panels, indices, strict=True):
+            row[0].imshow(chosen.arrays[f"image/{index}"])
+            for axes, name in zip(row[1:], names, strict=True):
+                axes.imshow(chosen.arrays[f"cam/{index}/{name}"], cmap="inferno", vmin=0)
+    return path

@@ -1,0 +1,111 @@
+"""Analyses of checkpoints, one by one or in comparison; :mod:`codetr.analysis` does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codetr.analysis import require_known
+from codetr.config import ConfigError
+from orchestrator.experiment import paper_tables
+from orchestrator.use import data_config, device
+
+if TYPE_CHECKING:
+    from codetr.analysis.frame import Analysis
+    from codetr.checkpoint import Checkpoint
+    from codetr.data import CocoDataset
+
+ShowImages = Callable[[str, int, int], None]
+"""Called with a detector's label, and how many of how many images it has seen."""
+
+
+def analyze_checkpoints(
+    name: str,
+    places: Sequence[str],
+    data: str,
+    output: Path,
+    *,
+    batch_size: int = 8,
+    images: int | None = None,
+    progress: ShowImages | None = None,
+) -> list[Path]:
+    """Look at detectors on the validation images of ``data``, and write what is found.
+
+    Args:
+        name: of the analysis.
+        places: of the checkpoints: files, or their folders; or any URLs of fsspec.
+        data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
+        output: the folder to write to; each detector's numbers and arrays in a folder below it.
+        batch_size: images that go through a detector together.
+        images: only so many, evenly spread; None: all.
+        progress: is shown how far it is.
+
+    Returns:
+        The page, the pictures, then the arrays and numbers of each detector.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: something cannot be used; nothing is written.
+    """
+    require_known(name, "analyze")
+    from codetr.analysis import analysis
+    from codetr.analysis.frame import Subject, default_label, measure
+
+    kind = analysis(name)
+    checkpoints = [_load(place) for place in places]
+    kind.check(checkpoints)
+    labels = _distinct([default_label(checkpoint) for checkpoint in checkpoints])
+    for checkpoint in checkpoints:  # the last may not fit: better known before the first is seen
+        dataset = _open(kind, checkpoint, data)
+        dataset.classes.require_same(
+            checkpoint.classes, str(dataset.annotations), checkpoint.source
+        )
+    measurements = []
+    for checkpoint, label in zip(checkpoints, labels, strict=True):
+        dataset = _open(kind, checkpoint, data)
+
+        def on_images(done: int, total: int, label: str = label) -> None:
+            if progress:
+                progress(label, done, total)
+
+        subject = Subject.of(checkpoint, device(), label)
+        measurements.append(
+            measure(
+                kind,
+                subject,
+                dataset,
+                batch_size=batch_size,
+                images=images,
+                on_images=on_images,
+            )
+        )
+    try:
+        written = kind.report(measurements, output, paper_tables())
+        for number, measurement in enumerate(measurements, start=1):
+            written += measurement.save(output / f"{number}")
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
+    return written
+
+
+def _open(kind: type[Analysis], checkpoint: Checkpoint, data: str) -> CocoDataset:
+    from codetr.data import open_dataset
+
+    masks = kind.trains_heads and checkpoint.detector.needs_masks
+    return open_dataset(data_config(checkpoint.data, data), "val", masks=masks)
+
+
+def _load(place: str) -> Checkpoint:
+    from codetr.checkpoint import load_checkpoint
+    from orchestrator.storage import local_checkpoint
+
+    with local_checkpoint(place) as path:
+        return load_checkpoint(path)
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """The labels, numbered where several are the same."""
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
+        for i, label in enumerate(labels)
+    ]

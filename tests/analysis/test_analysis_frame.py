@@ -1,0 +1,230 @@
+"""All analyses: the same under any batch size; what they refuse, write and read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from analysis_samples import BOTH, CLASSES, DATA, checkpoint_of, dataset, subject
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_training import FASTER_RCNN, tiny_detector
+
+from codetr.analysis import CATALOGUE, analysis
+from codetr.analysis.frame import (
+    AnalysisError,
+    Measurement,
+    Subject,
+    default_label,
+    measure,
+    object_counts,
+    spread,
+)
+from codetr.analysis.instability import Instability, courses
+from codetr.data import Classes, DataError, open_dataset
+from codetr.data.digits import make_digits
+from codetr.matching.stability import instability
+from orchestrator.experiment import paper_tables
+
+SIZES = [(48, 64), (64, 48), (48, 64), (48, 64), (40, 72), (64, 48), (48, 64)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp("data"), SIZES, empty=(2,))
+
+
+@pytest.fixture(scope="module")
+def detectors():
+    """One of one stage and one of two, both with both heads."""
+    return [subject(*BOTH), subject(*BOTH, two_stage=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(data, detectors):
+    """Every analysis, an image at a time."""
+    return {
+        (name, i): measure(analysis(name), detector, data, batch_size=1)
+        for name in CATALOGUE
+        for i, detector in enumerate(detectors)
+    }
+
+
+def test_the_catalogue_has_every_analysis() -> None:
+    assert [analysis(name).name for name in CATALOGUE] == [*CATALOGUE]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_size=st.integers(2, 8), which=st.integers(0, 1))
+def test_exact_under_any_batch_size(name, batch_size, which, request) -> None:
+    """Images of several sizes: no image is padded, so neither are its neighbours seen."""
+    data, detectors, alone = map(request.getfixturevalue, ("data", "detectors", "alone"))
+    together = measure(analysis(name), detectors[which], data, batch_size=batch_size)
+    wanted = alone[name, which]
+    assert together.numbers.keys() == wanted.numbers.keys()
+    for number, value in wanted.numbers.items():
+        assert together.numbers[number] == pytest.approx(value, rel=1e-4, abs=1e-5), number
+    assert together.arrays.keys() == wanted.arrays.keys()
+    if name == "instability":
+        assert np.array_equal(together.arrays["matches"], wanted.arrays["matches"])
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_saved_and_read_again(name, alone, tmp_path) -> None:
+    before = alone[name, 0]
+    assert Measurement.load(tmp_path, name) is None
+    written = before.save(tmp_path)
+    assert {path.name for path in written} == {f"{name}.npz", f"{name}.json"}
+    after = Measurement.load(tmp_path, name)
+    assert after is not None
+    assert (after.numbers, after.facts, after.label) == (
+        before.numbers,
+        before.facts,
+        before.label,
+    )
+    assert all(np.array_equal(after.arrays[k], v) for k, v in before.arrays.items())
+    (tmp_path / f"{name}.npz").write_bytes(b"PK\x03\x04 half of it")
+    assert Measurement.load(tmp_path, name) is None
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "instability"])
+def test_pages_show_their_pictures(name, alone, tmp_path) -> None:
+    """Two detectors and two seeds of one, beside the paper."""
+    several = [alone[name, 0], replace(alone[name, 0], label="seed 1"), alone[name, 1]]
+    several = [replace(m, group=g) for m, g in zip(several, ("a", "a", "b"), strict=True)]
+    page, *pictures = analysis(name).report(several, tmp_path, paper_tables())
+    text = page.read_text()
+    assert "6 objects" not in text
+    assert "7 images with 12 objects" in text
+    assert "The paper (" in text
+    assert re.findall(r"\]\((.*?)\)", text) == [picture.name for picture in pictures]
+    for picture in pictures:
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    for number in re.findall(r"\d+\.\d+", text):
+        assert float(number) < 100
+
+
+def test_instability_compares_epochs_of_one_training(data, tmp_path) -> None:
+    """Three epochs of one seed and two of another, given in any order."""
+    made = [
+        Subject.of(checkpoint_of(tiny_detector("atss"), epoch=e, seed=s), torch.device("cpu"))
+        for e, s in ((3, 7), (1, 7), (1, 8), (2, 7), (2, 8))
+    ]
+    Instability.check([one.checkpoint for one in made])
+    found = [measure(Instability, one, data) for one in made]
+    first, second = courses(found)
+    assert [*first.changes] == [2, 3]
+    assert [*second.changes] == [2]
+    rows = [
+        {
+            int(i): found[n].arrays["matches"][found[n].arrays["matches"][:, 0] == i, 1].tolist()
+            for i in range(len(SIZES))
+        }
+        for n in (1, 3)
+    ]
+    assert first.changes[2] == instability(*rows)
+    page, picture = Instability.report(found, tmp_path, {})
+    assert page.read_text().count("| K=1 atss") == 3
+    assert picture.exists()
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def test_a_detector_without_the_heads() -> None:
+    none, one = checkpoint_of(tiny_detector()), checkpoint_of(tiny_detector("atss"))
+    for name in ("conflicts", "queries"):
+        analysis(name).check([one])
+        with pytest.raises(AnalysisError, match=r"this checkpoint: has no auxiliary head \(K = 0"):
+            analysis(name).check([one, none])
+    for name in ("discriminability", "iof-iob"):
+        analysis(name).check([none])
+
+
+def test_checkpoints_that_are_no_two_epochs() -> None:
+    one = checkpoint_of(tiny_detector())
+    with pytest.raises(AnalysisError, match="at least 2"):
+        Instability.check([one])
+    with pytest.raises(AnalysisError, match="no two of"):
+        Instability.check([one, checkpoint_of(tiny_detector(), seed=3, epoch=2)])
+    with pytest.raises(AnalysisError, match="no two of"):
+        Instability.check([one, one])
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_data_without_objects(name, detectors, tmp_path) -> None:
+    empty = dataset(tmp_path, [(48, 64)] * 2, empty=(0, 1))
+    with pytest.raises(AnalysisError, match=r"instances_val\.json: no object in 2 images"):
+        measure(analysis(name), detectors[0], empty)
+
+
+def test_classes_that_disagree(data) -> None:
+    checkpoint = checkpoint_of(tiny_detector())
+    other = replace(checkpoint, classes=Classes(("cat", "dog", "cow"), CLASSES.category_ids))
+    with pytest.raises(DataError, match="classes differ"):
+        measure(analysis("iof-iob"), Subject.of(other, torch.device("cpu")), data)
+
+
+# ------------------------------------------------------------------------------------- small things
+
+
+def test_facts_and_labels(alone) -> None:
+    found = alone["conflicts", 0]
+    assert found.label == "K=2 atss + faster_rcnn, seed 7, epoch 1"
+    assert (found.facts["k"], found.facts["images"], found.facts["objects"]) == (2, 7, 12)
+    json.dumps(found.facts)
+    assert default_label(checkpoint_of(tiny_detector())) == "K=0, seed 7, epoch 1"
+
+
+def test_objects_are_counted_without_crowds(data) -> None:
+    assert object_counts(data).tolist() == [2, 2, 0, 2, 2, 2, 2]
+
+
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_images_are_spread_evenly(count: int, most: int) -> None:
+    places = spread(count, most)
+    assert len(places) == min(count, most)
+    assert places == sorted(set(places))
+    gaps = np.diff([*places, count])
+    assert places[0] == 0
+    assert gaps.max() - gaps.min() <= 1
+    assert spread(count, None) == [*range(count)]
+
+
+def test_some_images_only(data, detectors) -> None:
+    seen = []
+    found = measure(
+        analysis("iof-iob"),
+        detectors[0],
+        data,
+        images=3,
+        on_images=lambda done, total: seen.append((done, total)),
+    )
+    assert found.facts["images"] == 3
+    assert seen[-1] == (3, 3)
+
+
+def test_every_kind_of_head_takes_part(tmp_path) -> None:
+    """K = 7; Mask R-CNN's masks are there where heads are trained."""
+    heads = (*BOTH, "paa", "gfl", "fcos", "retinanet", {**FASTER_RCNN, "type": "mask_rcnn"})
+    one = subject(*heads)
+    plain = dataset(tmp_path, [(48, 64)] * 2)
+    found = measure(analysis("conflicts"), one, plain)
+    assert found.arrays["matrix"].shape == (8, 8)
+    assert found.numbers["conflict"] > 0
+    assert found.numbers["distance/mask_rcnn"] > 0
+    with pytest.raises(ValueError, match="has no masks"):
+        measure(analysis("queries"), one, plain)
+    assert analysis("queries").trains_heads
+    folder = make_digits(tmp_path / "digits", train_images=1, val_images=2, size=64)
+    data = open_dataset(DATA.model_copy(update={"path": folder}), "val", masks=True)
+    many = checkpoint_of(one.checkpoint.detector.model_copy(update={"num_classes": 10}))
+    many = replace(many, classes=data.classes)
+    found = measure(analysis("queries"), Subject.of(many, torch.device("cpu")), data)
+    for name in one.model.config.head_names:
+        assert found.numbers[f"positives_per_object/{name}"] > 0

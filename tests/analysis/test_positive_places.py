@@ -1,0 +1,92 @@
+"""Where queries and positives lie, against loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from analysis_samples import BOTH, dataset, subject
+from tiny_training import tiny_batch
+
+from codetr.analysis.frame import measure
+from codetr.analysis.queries import Queries, assigned_objects, positive_centres, query_distances
+from codetr.boxes import xyxy_to_cxcywh
+from codetr.structures import Positives, Targets
+
+
+def test_distances_by_hand() -> None:
+    """A 3-4-5 image of 30 x 40: the diagonal is 50."""
+    queries = torch.tensor([[0.0, 0.0], [40.0, 30.0], [3.0, 4.0], [10.0, 0.0]])
+    positives = torch.tensor([[0.0, 10.0], [3.0, 0.0], [20.0, 20.0]])
+    matched = (torch.tensor([1, 2]), torch.tensor([1, 0]))  # object 2 has no query
+    objects = torch.tensor([1, 0, 2])
+    own, others = query_distances(positives, objects, queries, matched, (30, 40))
+    assert own == pytest.approx([math.hypot(40, 20) / 50, 4 / 50])
+    wanted = [
+        (math.hypot(x - 0, y - 0) + math.hypot(x - 10, y - 0)) / 2 / 50
+        for x, y in positives.tolist()
+    ]
+    assert others == pytest.approx(wanted)
+
+
+def test_without_free_queries_there_is_no_distance_from_them() -> None:
+    matched = (torch.tensor([0]), torch.tensor([0]))
+    own, others = query_distances(
+        torch.zeros(1, 2), torch.tensor([0]), torch.ones(1, 2), matched, (3, 4)
+    )
+    assert own == pytest.approx([math.sqrt(2) / 5])
+    assert len(others) == 0
+
+
+def test_positives_know_their_objects() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [2, 2, 8, 6]])
+    targets = Targets(boxes, torch.tensor([1, 0, 1]))
+    positives = Positives(
+        boxes=torch.tensor([[9.0, 9, 9, 9], [0, 0, 2, 2], [4, 4, 8, 6], [0, 0, 4, 8]]),
+        features=torch.zeros(4, 1),
+        positive=torch.tensor([1, 2, 3]),
+        negative=torch.tensor([0]),
+        labels=torch.tensor([0, 1, 1]),
+        targets=boxes[[1, 2, 0]],
+    )
+    assert assigned_objects(positives, targets).tolist() == [1, 2, 0]
+    assert positive_centres(positives).tolist() == [[1, 1], [6, 5], [2, 4]]
+
+
+def test_counts_and_distances_of_a_detector(tmp_path) -> None:
+    """The numbers of a data set from the head's own output, image by image."""
+    one, data = subject(*BOTH), dataset(tmp_path, [(48, 64)] * 3, empty=(1,))
+    found = measure(Queries, one, data)
+    counts = dict.fromkeys(one.model.config.head_names, 0)
+    covered = dict.fromkeys(counts, 0)
+    for place in range(3):
+        pixels, targets = data[place]
+        batch, _ = tiny_batch([0], [0])
+        batch.pixels, batch.sizes = pixels[None], [(48, 64)]
+        with torch.no_grad():
+            pyramid = one.model.memory_pyramid(one.model.encode(batch))
+            for name, head in zip(counts, one.model.heads, strict=True):
+                (positives,) = head(pyramid, batch.sizes, [targets]).positives
+                counts[name] += len(positives.positive)
+                covered[name] += len({tuple(box) for box in positives.targets.tolist()})
+    assert found.facts["objects"] == 4
+    for name, count in counts.items():
+        assert found.numbers[f"positives_per_object/{name}"] == count / 4
+        assert found.numbers[f"objects_without/{name}"] == 1 - covered[name] / 4
+        assert found.arrays[f"unmatched/{name}"].sum() == count
+        assert found.arrays[f"matched/{name}"].sum() == count
+    assert found.numbers["positives_per_object/atss"] > 1
+
+
+def test_examples_are_in_the_pixels_of_their_picture(tmp_path) -> None:
+    one, data = subject("atss"), dataset(tmp_path, [(48, 64)])
+    found = measure(Queries, one, data).arrays
+    assert found["image/0"].shape == (48, 64, 3)
+    _, targets = data[0]
+    np.testing.assert_allclose(found["boxes/0"], targets.boxes)
+    assert len(found["points/0/query"]) == 2
+    centres = xyxy_to_cxcywh(targets.boxes)[:, :2]
+    nearest = torch.cdist(torch.from_numpy(found["points/0/atss"]), centres).min(1).values
+    assert float(nearest.max()) < 24

@@ -1,0 +1,371 @@
+"""Analyses at the end of a run, and ``codetr analyze``; Ray is a stand-in here."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_training import start, tiny_detector, tiny_training
+from trial_samples import sample_plan, sample_results
+
+from codetr.analysis import CATALOGUE
+from codetr.analysis.frame import Measurement
+from codetr.checkpoint import save_checkpoint
+from codetr.config import ConfigError
+from codetr.data import open_dataset
+from orchestrator import analyses, cli
+from orchestrator.analyses import Analyses, Look, courses, measure_trial, possible_looks
+from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of
+from orchestrator.interrupt import Interrupts
+from orchestrator.plan import make_plan
+
+ONE_PASS = ("discriminability", "iof-iob", "conflicts", "queries")
+
+
+class Heard:
+    """A view and a recorder that only remember."""
+
+    def __init__(self):
+        self.said, self.measured, self.attached = [], [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def stage(self, text, detail=""):
+        pass
+
+    def measure(self, trial, values, step):
+        self.measured.append((trial.arm, values, step))
+
+    def attach(self, trial, files):  # noqa: ARG002
+        self.attached += files
+
+
+class Reference:
+    """To what a task on its way will give."""
+
+    def __init__(self, function, arguments):
+        self.value = self.error = None
+        try:
+            self.value = function(*arguments)
+        except Exception as error:
+            self.error = error
+
+    def get(self):
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+NO_RAY = SimpleNamespace(
+    remote=lambda **_: (
+        lambda function: SimpleNamespace(remote=lambda *arguments: Reference(function, arguments))
+    ),
+    wait=lambda references, **_: (references[:1], references[1:]),
+    get=Reference.get,
+)
+"""Runs a task where it is."""
+
+
+def fake_measurement(look, cpus=1):
+    """Numbers and arrays enough for the overview alone."""
+    numbers = {"conflicts": {"conflict": 0.5}, "iof-iob": {"encoder_area": 0.8}}
+    facts = {"checkpoint": look.checkpoint, "k": look.trial.detector.k, "epoch": 4}
+    return Measurement(
+        look.analysis,
+        f"{look.trial.arm}, seed {look.trial.seed}",
+        look.trial.arm,
+        facts,
+        numbers.get(look.analysis, {}),
+        {},
+    )
+
+
+@pytest.fixture
+def plan(tmp_path):
+    plan = sample_plan(tmp_path, seeds=(0, 1))
+    for trial in plan.trials:
+        for epoch in (3, 4):
+            (plan.store / trial.name / f"epoch-000{epoch}-step-00000{epoch}00-x").mkdir(
+                parents=True
+            )
+    return plan
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", NO_RAY)
+
+
+def analysed(plan, results, heard):
+    return Analyses(plan, heard, Interrupts(), {r.trial.id: r for r in results})
+
+
+# ---------------------------------------------------------------------------------------- the plan
+
+
+def test_what_is_asked_for(tmp_path):
+    ablation = sample_plan(tmp_path)
+    assert ablation.analyses == tuple(CATALOGUE)
+    asked = {
+        given: sample_plan(tmp_path, analyze=given).analyses
+        for given in ("all", "none", "queries, conflicts,queries")
+    }
+    assert [*asked.values()] == [tuple(CATALOGUE), (), ("queries", "conflicts")]
+    experiment = ablation.experiment.model_copy(update={"analyze": "none"})
+    assert make_plan(experiment, ablation.options).analyses == ()
+    with pytest.raises(ConfigError, match=r"--analyze: no analysis 'conflict'; did you mean 'conf"):
+        sample_plan(tmp_path, analyze="conflict")
+    experiment = ablation.experiment.model_copy(update={"analyze": "x"})
+    with pytest.raises(ConfigError, match=r"ablation-k\.yaml: analyze: no analysis 'x'"):
+        make_plan(experiment, ablation.options)
+    assert [t.id for t in ablation.trials] == [
+        t.id for t in sample_plan(tmp_path, analyze="none").trials
+    ]
+
+
+def test_looks_are_of_the_last_checkpoint_where_there_are_heads(plan):
+    results = sample_results(plan)
+    results[-1] = replace(results[-1], state="interrupted")
+    looks = possible_looks(plan, results)
+    assert [look.analysis for look in looks] == [
+        *ONE_PASS[:2], *ONE_PASS[:2], *ONE_PASS, *ONE_PASS, *ONE_PASS
+    ]  # fmt: skip
+    assert all("epoch-0004-step" in look.checkpoint for look in looks)
+    assert possible_looks(replace(plan, analyses=()), results) == []
+
+
+# --------------------------------------------------------------------------------- the end of a run
+
+
+def test_a_failure_is_told_and_only_what_is_missing_is_looked_for_again(plan, ray, monkeypatch):
+    def fails_for_one(look, cpus):
+        if look.analysis == "conflicts" and look.trial.detector.k == 1 and look.trial.seed == 0:
+            raise RuntimeError("out of\nluck")
+        return fake_measurement(look)
+
+    monkeypatch.setattr(analyses, "measure_trial", fails_for_one)
+    heard, results = Heard(), sample_results(plan)
+    first = analysed(plan, results, heard)
+    assert len(first.missing(results)) == 2 * (2 + 4 + 4)
+    first.look(heard, slots=3)
+    assert heard.said == [
+        "analysis failed: conflicts of K=1 ATSS, seed 0: RuntimeError: out of luck"
+    ]
+    assert first.failures == [heard.said[0].removeprefix("analysis failed: ")]
+    assert len(heard.measured) == 19
+    assert ("K=1 ATSS", {"analysis/iof-iob/encoder_area": 0.8}, 4) in heard.measured
+    assert len(heard.attached) == 2 * 19
+    assert all(path.exists() for path in heard.attached)
+
+    monkeypatch.setattr(analyses, "measure_trial", fake_measurement)
+    again, second = Heard(), analysed(plan, results, Heard())
+    (left,) = second.missing(results)
+    assert (left.analysis, left.trial.arm, left.trial.seed) == ("conflicts", "K=1 ATSS", 0)
+    second.look(again, slots=3)
+    assert second.missing(results) == []
+    assert len(again.measured) == 20  # the store may lack what was found before
+    assert len(again.attached) == 2
+
+
+def test_another_checkpoint_is_looked_at_anew(plan):
+    results = sample_results(plan)[:1]
+    heard = analysed(plan, results, Heard())
+    for look in heard.missing(results):
+        heard._keep(look, fake_measurement(look))
+    assert heard.missing(results) == []
+    (plan.store / results[0].trial.name / "epoch-0005-step-00000500-y").mkdir()
+    assert len(heard.missing(results)) == 2
+
+
+def test_nothing_that_happens_here_fails_the_run(plan, monkeypatch):
+    """Not even a storage that cannot be listed."""
+
+    def broken(*_):
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(analyses, "possible_looks", broken)
+    heard = Heard()
+    analysed(plan, sample_results(plan), heard).look(heard, slots=1)
+    assert heard.said == ["analysis failed: looking at the detectors: OSError: the network is gone"]
+
+
+def with_changes(results):
+    for result in results:
+        for epoch in result.history[1:]:
+            epoch.values["matching/changed"] = 1 / epoch.epoch
+            epoch.values["matching/per_image"] = 2.0
+    return results
+
+
+def test_pages_of_a_run(plan):
+    """Numbers without arrays: every page but instability fails, the overview tells."""
+    heard, results = Heard(), with_changes(sample_results(plan))
+    at_end = analysed(plan, results, heard)
+    for look in at_end.missing(results):
+        at_end._keep(look, fake_measurement(look))
+    files = at_end.write(plan, results)
+    names = [path.name for path in files]
+    assert names == ["analysis.md", "by_k.png", "instability.md", "instability.png"]
+    assert len(heard.said) == 4
+    overview = files[0].read_text()
+    assert "**Failed:** the page of conflicts: KeyError" in overview
+    assert "(instability.md)" in overview
+    assert "| K=0 | 0 | 10.5 | – | 0.8 |" in overview
+    assert "| K=2 ATSS + Faster R-CNN | 2 | 30.5 | 0.5 | 0.8 |" in overview
+    assert "| K=1 ATSS, seed 1 | 4 | 0.25 | 2 |" in files[2].read_text()
+    assert at_end.write(replace(plan, analyses=()), results) == []
+
+
+def test_courses_begin_with_the_second_evaluation(plan):
+    first = courses(with_changes(sample_results(plan)))[0]
+    assert first.label == "K=0, seed 0"
+    assert [*first.changes] == [2, 3, 4]
+    assert first.changes[2].changed == 0.5
+    assert courses(sample_results(plan)) == []
+
+
+def test_against_k(plan, tmp_path):
+    results = sample_results(plan)
+    ap = points_of(Quantity("AP"), results, [])
+    assert ap[2] == Point("K=1 ATSS", 1, 20.0)
+    looks = [Look("conflicts", result.trial, "x") for result in results]
+    quantity = Quantity("c", "conflicts", "conflict", {2: 0.006, 6: 0.008})
+    found = points_of(quantity, results, [fake_measurement(look) for look in looks])
+    assert found[-1] == Point("K=2 ATSS + Faster R-CNN", 2, 0.5)
+    twins = [replace(point, arm=f"{point.arm}'") for point in ap]
+    path = draw_by_k({Quantity("AP"): [*ap, *twins], quantity: found}, tmp_path / "k.png")
+    assert path.stat().st_size > 1000
+
+
+# --------------------------------------------------------------------------------------- for real
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, coco_folder):
+    """K = 0 of two epochs and K = 1, of the data's classes."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written = {}
+    for name, heads, epoch in (("k0", (), 1), ("k0-2", (), 2), ("k1", ("atss",), 1)):
+        detector = tiny_detector(*heads).model_copy(update={"num_classes": 10})
+        state = start(detector, tiny_training(), 1)
+        state.data = state.data.model_copy(
+            update={"short_sides": (), "crop": False, "path": coco_folder}
+        )
+        state.classes = open_dataset(state.data, "val").classes
+        state.epoch = epoch
+        written[name] = folder / f"{name}.pt"
+        save_checkpoint(state.checkpoint(), written[name])
+    return written
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["codetr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def analyze(command, checkpoints, coco_folder, tmp_path):
+    """``codetr analyze`` of checkpoints by their names here, written to ``out``."""
+
+    def run(name, *words):
+        paths = [checkpoints.get(word, tmp_path / word) for word in words]
+        where = ("--data", coco_folder, "--output", tmp_path / "out")
+        return command("analyze", name, *paths, *where)
+
+    return run
+
+
+def test_a_trial_is_measured_as_a_task_does(checkpoints, plan, coco_folder):
+    trial = plan.trials[0]
+    data = trial.data.model_copy(update={"dataset": "coco", "path": coco_folder})
+    trial = trial.model_copy(update={"data": data})
+    threads = torch.get_num_threads()
+    found = measure_trial(Look("discriminability", trial, str(checkpoints["k0"])), cpus=1)
+    torch.set_num_threads(threads)
+    assert (found.group, found.label) == ("K=0", "K=0, seed 0")
+    assert found.facts["checkpoint"] == str(checkpoints["k0"])
+    assert found.facts["images"] == 4
+    assert analyses.metrics(found).keys() == {
+        f"analysis/discriminability/{name}"
+        for name in ("foreground", "background", "contrast", "separation")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("iof-iob", ("k0", "k1")), ("instability", ("k0-2", "k0")), ("queries", ("k1",))],
+)
+def test_command(analyze, tmp_path, name, given):
+    code, out, err = analyze(name, *given)
+    assert code == 0, err
+    written = out.split()
+    assert str(tmp_path / "out" / f"{name}.md") in written
+    assert all((tmp_path / "out" / path).exists() for path in written)
+    numbers = json.loads((tmp_path / "out" / "1" / f"{name}.json").read_text())
+    assert numbers["facts"]["images"] == 4
+
+
+def test_the_block_in_the_docs(checkpoints, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {"path": checkpoints["k1"]})
+    assert "kl/query/atss" in capsys.readouterr().out
+
+
+def test_list(command):
+    code, out, _ = command("analyze", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [*CATALOGUE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("conflict", "k1"), "no analysis 'conflict'; did you mean 'conflicts'?"),
+        (("conflicts", "k1", "k0"), "k0.pt: has no auxiliary head (K = 0), and 'conflicts'"),
+        (("queries", "k0"), "k0.pt: has no auxiliary head"),
+        (("instability", "k0"), "give at least 2 of them"),
+        (("instability", "k0", "k1"), "compares epochs of one training"),
+        (("iof-iob", "none"), "cannot read"),
+    ],
+)
+def test_bad_input(analyze, tmp_path, arguments, text):
+    code, _, err = analyze(*arguments)
+    assert code == 2
+    assert err.startswith("codetr: ")
+    assert text in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_classes_and_no_objects(command, checkpoints, coco_folder, tmp_path):
+    annotations = coco_folder / "annotations" / "instances_val.json"
+    for number, change in enumerate(("classes", "objects")):
+        content = json.loads(annotations.read_text())
+        if change == "classes":
+            content["categories"][0]["name"] = "cow"
+        else:
+            content["annotations"] = []
+        folder = tmp_path / change
+        (folder / "annotations").mkdir(parents=True)
+        (folder / "val").symlink_to(coco_folder / "val")
+        (folder / "annotations" / "instances_val.json").write_text(json.dumps(content))
+        code, _, err = command(
+            "analyze", "discriminability", checkpoints["k0"], "--data", folder,
+            "--output", tmp_path / "out",
+        )  # fmt: skip
+        assert code == 2
+        assert err.count("\n") == 1
+        assert ("classes differ", "no object in 4 images")[number] in err
+        assert not (tmp_path / "out").exists()
