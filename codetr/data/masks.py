@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from codetr.data.errors import DataError
 
@@ -41,6 +40,8 @@ class Masks:
 
     def decode(self, rows: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.uint8]:
         """(n, height, width) the masks at these positions, of an image of ``size``."""
+        from pycocotools import mask as coco_mask  # a GPU machine for benchmarks has none
+
         if not len(rows):
             return np.zeros((0, *size), np.uint8)
         runs = [self.runs[start:end].tobytes() for start, end in self.spans[rows]]
@@ -116,6 +117,8 @@ def encoded(segmentation: Any, size: tuple[int, int]) -> bytes:
             raise ValueError(
                 "'segmentation' has a polygon that is no list of three or more points x, y"
             )
+    from pycocotools import mask as coco_mask
+
     merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     counts: bytes = merged["counts"]
     return counts
@@ -136,6 +139,8 @@ def _encoded_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> bytes:
         or sum(runs) != size[0] * size[1]
     ):
         raise ValueError("'segmentation' has run lengths that do not add up to its image")
+    from pycocotools import mask as coco_mask
+
     result: bytes = coco_mask.frPyObjects({"size": [*size], "counts": runs}, *size)["counts"]
     return result
 

@@ -124,5 +124,5 @@ def test_a_wrong_name_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 def test_a_setting_that_does_not_fit_names_its_source(tmp_path: Path) -> None:
     text = f"arms: {{a: {{detector: co-dino-5scale-r50}}}}\nprofiles:\n  laptop:{DIGITS}"
-    with pytest.raises(ConfigError, match=r"^--set: detector: queries: dynamic_anchors need box"):
-        plan_of(tmp_path, text, "two_stage=false", "rank_by=objectness")
+    with pytest.raises(ConfigError, match=r"^--set: detector: queries: dynamic_anchors need lea"):
+        plan_of(tmp_path, text, "mixed_selection=false")

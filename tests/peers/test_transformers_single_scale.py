@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers_single_scale import (
@@ -16,11 +14,11 @@ from transformers_single_scale import (
     randomise,
 )
 
-import codetr.zoo
-from codetr.config import DetectorConfig, parse, read_yaml
+from codetr.config import DetectorConfig, parse
 from codetr.detector import CoDETR
 from codetr.queries.selection import QUERY
 from codetr.structures import ImageBatch
+from codetr.zoo import detector_config
 
 BOTH = pytest.mark.parametrize("config", [CONDITIONAL, DAB], ids=["conditional", "dab"])
 
@@ -75,10 +73,9 @@ def test_logits_boxes_and_gradients_are_transformers(config: DetectorConfig) -> 
 @pytest.mark.parametrize("name", ["conditional-detr-c5-r50", "dab-detr-c5-r50"])
 def test_the_zoos_detectors_have_transformers_parameters(name: str) -> None:
     """At full size, name by name and shape by shape, apart from the backbone's norms."""
-    file = Path(codetr.zoo.__file__).parent / f"{name}.yaml"
-    settings = read_yaml(file)
+    settings = detector_config(name).model_dump(mode="json")
     settings["backbone"]["pretrained"] = False
-    config = parse(DetectorConfig, settings, str(file))
+    config = parse(DetectorConfig, settings, name)
     with torch.device("meta"):
         peer, model = build_peer(config), CoDETR(config)
     theirs = our_names(dict(peer.named_parameters(remove_duplicate=False)), config)
