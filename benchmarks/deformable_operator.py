@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from codetr.ops import deformable_attention
+from codetr.ops import deformable_attention, implementation
 
 PEER = "transformers"
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -50,11 +50,13 @@ def of_transformers(
         return operator(value, sizes, shapes, starts, locations, weights, 64)
 
 
-CONTENDERS: dict[str, Operator] = {
-    PEER: of_transformers,
-    "codetr": deformable_attention,
+CONTENDERS: dict[str, tuple[Operator, str]] = {
+    PEER: (of_transformers, "auto"),
+    "definition": (deformable_attention, "reference"),
+    "codetr": (deformable_attention, "auto"),
 }
-"""One line for each way to compute it; the public function is what the detector calls."""
+"""One line for each way to compute it, with the implementation that it asks for. On a CPU the
+definition is what the detector calls, and stands there once."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +156,25 @@ def compare(
     report: Report, case: str, call: Callable[..., Any], shape: Shape, options: argparse.Namespace
 ) -> None:
     inputs = shape.inputs(options.device)
-    theirs = call(CONTENDERS[PEER], shape, inputs)
-    for name, operator in CONTENDERS.items():
-        if name != PEER:
-            tolerance = TOLERANCE[shape.precision]
-            report.require_same(case, name, call(operator, shape, inputs), theirs, tolerance)
-    del theirs
-    turns = {
-        name: clock(partial(call, operator, shape, inputs), options.device)
-        for name, operator in CONTENDERS.items()
+    on_gpu = torch.device(options.device).type == "cuda"
+    calls = {
+        name: partial(within, choice, call, operator, shape, inputs)
+        for name, (operator, choice) in CONTENDERS.items()
+        if on_gpu or name != "definition"
     }
+    theirs = calls[PEER]()
+    for name, ours in calls.items():
+        if name != PEER:
+            report.require_same(case, name, ours(), theirs, TOLERANCE[shape.precision])
+    del theirs
+    turns = {name: clock(one, options.device) for name, one in calls.items()}
     report.add(case, alternate(turns, options.rounds))
+
+
+def within(choice: str, call: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    """The call, backward pass and all, computed by this implementation."""
+    with implementation(choice):
+        return call(*arguments)
 
 
 def shapes_of(options: argparse.Namespace) -> Iterator[tuple[str, Shape]]:

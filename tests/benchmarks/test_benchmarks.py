@@ -60,7 +60,7 @@ def test_an_operator_that_differs(
         result = deformable_operator.of_transformers(value, shapes, locations, weights)
         return result * 1.001 if wrong == "output" else result
 
-    monkeypatch.setitem(deformable_operator.CONTENDERS, "codetr", operator)
+    monkeypatch.setitem(deformable_operator.CONTENDERS, "codetr", (operator, "auto"))
     with pytest.raises(Disagreement, match="codetr of ours and of transformers differ"):
         run(monkeypatch, deformable_operator, tmp_path, *OPERATOR)
     assert not [*tmp_path.iterdir()]
