@@ -114,7 +114,7 @@ class PaperRows(Strict):
 
     table: str
     column: str = "ap"
-    """Column with the AP, or with a list that starts with it."""
+    """Column with the AP, or with a list that starts with it; see :func:`paper_rows`."""
     row: Settings = Field(default_factory=dict)
     """What every row of this experiment has in common."""
 
@@ -246,8 +246,32 @@ def paper_ap(experiment: Experiment, arm: str) -> float | None:
     if where.table not in tables:
         raise ConfigError(f"{source}: no table '{where.table}'; {nearest(where.table, [*tables])}")
     wanted = {**where.row, **row}
-    rows = [r for r in tables[where.table] if wanted.items() <= r.items()]
+    rows = [r for r in paper_rows(where.table, where.column) if wanted.items() <= r.items()]
     if len(rows) != 1 or where.column not in rows[0]:
         raise ConfigError(f"{source}: {len(rows)} rows of {where.table} have {wanted}, not one")
     value = rows[0][where.column]
+    if value is None:
+        raise ConfigError(f"{source}: {where.table} has no number where {wanted}")
     return float(value[0] if isinstance(value, list) else value)
+
+
+def paper_rows(table: str, column: str) -> list[Settings]:
+    """A table's rows, in whichever way it is written down.
+
+    A list has them as they are, but a cell ``{k0: …, k1: …}`` of the column becomes a row for each
+    ``k``. A mapping has columns (table 12), or rows by name (table 8), which is then their ``row``.
+    """
+    content = paper_tables()[table]
+    if isinstance(content, dict):
+        if column not in content:
+            return [{"row": name, column: cell} for name, cell in content.items()]
+        cells = zip(*content.values(), strict=True)
+        return [dict(zip(content, row, strict=True)) for row in cells]
+    rows: list[Settings] = []
+    for row in content:
+        by_k = row.get(column)
+        if isinstance(by_k, dict):
+            rows += [{**row, "k": int(k[1:]), column: cell} for k, cell in by_k.items()]
+        else:
+            rows.append(row)
+    return rows

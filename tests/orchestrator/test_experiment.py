@@ -6,15 +6,12 @@ from hypothesis import strategies as st
 
 from codetr.config import ConfigError
 from orchestrator.experiment import (
-    experiment_files,
     load_experiment,
     merge,
     paper_ap,
     paper_tables,
 )
 from orchestrator.plan import Options, make_plan
-
-SHIPPED = sorted(experiment_files())
 
 MINIMAL = """
 question: Does it work?
@@ -33,24 +30,25 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("profile", ["laptop", "paper"])
-def test_every_shipped_experiment_can_be_planned(name, profile, coco_folder, monkeypatch):
-    monkeypatch.setattr("orchestrator.machine.local_cpus", lambda: 64)
-    monkeypatch.setattr("orchestrator.machine.local_gpus", lambda: 8)
-    experiment = load_experiment(name)
-    if profile not in experiment.profiles:
-        pytest.skip("has no such profile")
-    data = str(coco_folder) if profile == "paper" else None
-    settings = ("batch_size=8",) if profile == "paper" else ()
-    plan = make_plan(experiment, Options(profile=profile, data=data, settings=settings))
-    assert {trial.arm for trial in plan.trials} <= set(experiment.arms)
-    assert plan.trials
-
-
 def test_ablation_k_stands_beside_table_7():
     experiment = load_experiment("ablation-k")
     assert [paper_ap(experiment, arm) for arm in experiment.arms] == [47.1, 48.7, 49.5]
+
+
+def test_a_row_of_any_kind_of_table(tmp_path):
+    """Rows by name (table 8), columns (12), a cell for each K (3) that may be empty (11)."""
+
+    def ap(table: str, row: str) -> float | None:
+        text = f"paper: {{table: {table}}}\n" + MINIMAL.replace("a: {}", f"a: {{paper: {row}}}")
+        return paper_ap(load_experiment(write(tmp_path, text)), "a")
+
+    assert ap("table8_single_head", "{row: gfl}") == 46.5
+    assert ap("table12_head_convs", "{convs: 4}") == 42.3
+    assert ap("table3_strong_baselines", "{detector: dino, backbone: r50, k: 1}") == 51.0
+    with pytest.raises(ConfigError, match="has no number"):
+        ap("table11_every_branch", "{branch: faster_rcnn, k: 1}")
+    with pytest.raises(ConfigError, match="3 rows"):
+        ap("table11_every_branch", "{branch: atss}")
 
 
 def test_the_paper_is_complete():

@@ -1,0 +1,190 @@
+"""Every experiment as it is shipped: what it plans, and that its arms train."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from codetr.config import DataConfig
+from codetr.data.digits import make_digits
+from orchestrator.experiment import load_experiment
+from orchestrator.plan import Options, Plan, Trial, make_plan
+from orchestrator.share import share
+
+SHIPPED = sorted(path.stem for path in share("experiments").glob("*.yaml"))
+PROFILES = ("laptop", "paper")
+
+TABLES = {
+    "ablation-components": "table9_components",
+    "ablation-convs": "table12_head_convs",
+    "ablation-heads": "table8_single_head",
+    "ablation-k": "table7_number_of_heads",
+    "ablation-k-to-6": "table7_number_of_heads",
+    "ablation-lambda": "table13_loss_weights",
+    "ablation-same-heads": "table7_number_of_heads",
+    "baselines-plain": "table2_plain_baselines",
+    "baselines-strong": "table3_strong_baselines",
+    "branches": "table11_every_branch",
+    "coco-system": "table5_coco_systems",
+    "longer-schedule": "table10_longer_schedule",
+    "lvis-system": "table6_lvis_systems",
+    "state-of-the-art": "table4_state_of_the_art",
+}
+PAPER = {
+    "ablation-components": [37.1, 41.6, 40.5, 42.3],
+    "ablation-convs": [41.8, 42.3, 41.9, 42.1, 42.3, 42.0],
+    "ablation-heads": [43.3, 46.1, 46.3, 46.5, 46.5, 46.5, 46.5, 46.8],
+    "ablation-k-to-6": [48.4, 47.1, 48.7, 49.0, 49.5, 49.5, 48.9],
+    "ablation-lambda": [46.2, 46.6, 46.8, 46.1, 46.1, 46.5, 46.3],
+    "baselines-plain": [39.4, 41.5, 41.8, 41.2, 43.1, 43.5, 43.3, 46.8, 46.5, 37.1, 42.3, 42.9],
+    "baselines-strong": [47.1, 48.7, 49.5, 49.4, 51.0, 51.2, 55.2, 56.4, 56.9, 58.5, 59.3, 59.5],
+    "longer-schedule": [46.8, 44.5, 46.0, 45.9],
+    "lvis-system": [56.9, 67.9],
+}
+"""All rows of these tables, as the paper prints them."""
+
+
+@pytest.fixture(autouse=True)
+def a_large_machine(monkeypatch):
+    monkeypatch.setattr("orchestrator.machine.local_cpus", lambda: 1024)
+    monkeypatch.setattr("orchestrator.machine.local_gpus", lambda: 256)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """Enough small images, with masks, for the paper's largest batch."""
+    return make_digits(tmp_path_factory.mktemp("coco") / "digits", train_images=224, size=24)
+
+
+def plan(name: str, profile: str, coco: Path, settings: tuple[str, ...] = ()) -> Plan:
+    data = str(coco) if profile == "paper" else None
+    return make_plan(load_experiment(name), Options(profile=profile, data=data, settings=settings))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_experiment_can_be_planned(name, profile, coco):
+    made = plan(name, profile, coco)
+    assert made.trials
+    for trial in made.trials:
+        assert max(trial.training.drop_epochs) < trial.training.epochs
+        assert (trial.data.dataset == "coco") == (profile == "paper")
+        assert (trial.detector.backbone.name == "tiny") == (profile == "laptop")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_arm_runs_in_some_profile(name, coco):
+    run = {arm for profile in PROFILES for arm in plan(name, profile, coco).arms}
+    assert run == set(load_experiment(name).arms)
+
+
+def test_each_table_from_2_to_13_is_somebodys():
+    tables = {name: load_experiment(name).paper for name in SHIPPED}
+    assert {name: paper.table for name, paper in tables.items() if paper} == TABLES
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_all_rows_of_the_table_stand_beside_the_arms(name, coco):
+    assert [trial.paper_ap for trial in plan(name, "paper", coco).trials] == PAPER[name]
+
+
+def test_the_schedules_of_the_paper(coco):
+    """Epochs, drops, batch and rate, as section 4.1 and supplementary B have them."""
+
+    def schedules(name: str) -> set[tuple]:
+        trials = plan(name, "paper", coco).trials
+        return {
+            (t.training.epochs, *t.training.drop_epochs, t.training.batch_size,
+             t.training.learning_rate)
+            for t in trials
+        }  # fmt: skip
+
+    assert schedules("ablation-k-to-6") == {(12, 11, 16, 2e-4)}
+    assert schedules("ablation-heads") == {(36, 30, 32, 2e-4)}
+    assert schedules("baselines-plain") == {(36, 30, 32, 2e-4), (12, 11, 32, 2e-4)}
+    assert schedules("baselines-strong") == {(12, 11, 16, 2e-4), (36, 30, 16, 2e-4)}
+    assert schedules("coco-system") == {(12, 8, 64, 5e-5)}
+    assert schedules("coco-system-pretraining") == {(26, 24, 224, 2.5e-4)}
+    assert schedules("lvis-system") == {(36, 30, 16, 2e-4), (16, 9, 15, 64, 5e-5)}
+    assert schedules("lvis-system-pretraining") == {(26, 24, 192, 2e-4)}
+
+
+def test_the_laptop_trains_as_much_longer_as_the_paper(coco):
+    laptop, paper = (
+        [trial.training.epochs for trial in plan("longer-schedule", profile, coco).trials]
+        for profile in PROFILES
+    )
+    proportions = [epochs / paper[0] for epochs in paper]
+    assert [epochs / laptop[0] for epochs in laptop] == pytest.approx(proportions, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+REDUCED = (
+    "embed_dim=16",
+    "ffn_dim=16",
+    "attention_heads=2",
+    "group_norm_groups=4",
+    "encoder_layers=1",
+    "decoder_layers=2",
+    "queries.count=8",
+    "one_to_many.queries=8",
+    "denoising.queries=4",
+    "positive_queries.max=12",
+    "faster_rcnn.rcnn.fc_dim=16",
+    "mask_rcnn.rcnn.fc_dim=16",
+)
+
+
+def distinct_arms() -> list[Trial]:
+    """Of all laptop profiles, one trial for each detector, at reduced size."""
+    arms = {}
+    for name in SHIPPED:
+        made = make_plan(load_experiment(name), Options(profile="laptop", settings=REDUCED))
+        for trial in made.trials:
+            detector = trial.detector.model_copy(update={"num_classes": 10})
+            arms.setdefault(
+                detector.model_dump_json(), trial.model_copy(update={"detector": detector})
+            )
+    return list(arms.values())
+
+
+def test_every_distinct_arm_takes_two_steps(tmp_path):
+    import torch
+
+    from codetr.data import build_loader, open_dataset
+    from codetr.training import StepReport, TrainingState, train_epoch
+
+    folder = make_digits(tmp_path / "digits", train_images=4, val_images=1, size=64)
+    arms = distinct_arms()
+    assert len(arms) > 40
+    for trial in arms:
+        data = DataConfig(path=folder, short_sides=(), crop=False, flip=0)
+        images = open_dataset(data, "train", seed=0, masks=trial.detector.needs_masks)
+        state = TrainingState.start(
+            trial.detector,
+            trial.training.model_copy(update={"warmup_steps": 0}),
+            data,
+            images.classes,
+            seed=0,
+            steps_per_epoch=2,
+            device=torch.device("cpu"),
+        )
+        before = {name: value.clone() for name, value in state.model.state_dict().items()}
+        reports: list[StepReport] = []
+        train_epoch(
+            state,
+            build_loader(images, 2, training=True, epoch=1),
+            on_step=reports.append,
+        )
+        assert len(reports) == 2, trial.name
+        assert all(math.isfinite(report.loss) for report in reports), trial.name
+        moved = {
+            name.partition(".")[0]
+            for name, value in state.model.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
+        untouched = {name.partition(".")[0] for name in before} - moved
+        assert not untouched, (trial.name, untouched)
