@@ -55,6 +55,8 @@ def losses(laboratory, name, trial):
     return [point.value for point in points]
 
 
+@pytest.mark.faults  # takes minutes: not in a plain run
+@pytest.mark.timeout(900)
 def test_a_member_that_exploited_and_explored_is_a_trial_that_run_repeats_to_the_bit(laboratory):
     """Two members in one place: nobody may wait for a place that a waiting member holds."""
     more = ("--samples", "2", "--max-concurrent", "1", "--set", "epochs=4", "--interval", "2")
