@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from codetr.analysis.maps import to_image, valid_maps
+from codetr.hooks import Listener
 from codetr.structures import Memory, Size
 from codetr.transformer import Decoder
 from codetr.transformer.attention import DeformableAttention, SamplingFrame
 from codetr.transformer.decoder import DecoderLayer
 
 
-class CrossAttention:
+class CrossAttention(Listener):
     """While entered, keeps how much each forward pass of a decoder attends to each token.
 
     It looks at what goes into each layer's ``cross_attention``, deformable or dense, and computes
@@ -28,24 +28,13 @@ class CrossAttention:
         self.decoder = decoder
         self.layers: list[Tensor] = []
         """(B, T) of each layer, in the order in which they ran."""
-        self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def attach(self) -> list[RemovableHandle]:
         layers = [cast(DecoderLayer, layer) for layer in self.decoder.layers]
-        self._hooks = [
+        return [
             layer.cross_attention.register_forward_pre_hook(self._note, with_kwargs=True)
             for layer in layers
         ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def mean(self) -> Tensor:
         """(B, T) over the layers."""

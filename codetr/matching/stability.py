@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from codetr.detector import CoDETR
+from codetr.hooks import Listener
 from codetr.matching.hungarian import hungarian
 from codetr.queries.selection import QUERY, Selection
 from codetr.structures import GroupPrediction, Size, Targets
@@ -55,7 +55,7 @@ def _changed_queries(before: Sequence[int], after: Sequence[int]) -> int:
     return sum(old.get(query) != new.get(query) for query in old.keys() | new.keys())
 
 
-class MatchRecorder:
+class MatchRecorder(Listener):
     """Notes the queries that a detector's objects are matched with, while it detects.
 
     It listens to the detector's own forward passes by hooks, and adds a Hungarian matching of the
@@ -67,23 +67,12 @@ class MatchRecorder:
         self.matches: Matches = {}
         self._selection: Selection | None = None
         self._prediction: GroupPrediction | None = None
-        self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        self._hooks = [
+    def attach(self) -> list[RemovableHandle]:
+        return [
             self.model.queries.register_forward_hook(self._hear_selection),
             self.model.decoder.register_forward_hook(self._hear_prediction),
         ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _hear_selection(self, module: nn.Module, args: Any, output: Selection) -> None:  # noqa: ARG002
         self._selection = output

@@ -1,0 +1,31 @@
+"""Hooks that live as long as a ``with`` block."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from torch.utils.hooks import RemovableHandle
+
+
+class Listener:
+    """Hears what modules compute within ``with``; a subclass says which, in :meth:`attach`."""
+
+    _hooks: list[RemovableHandle]
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._hooks = self.attach()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
