@@ -3,6 +3,8 @@
 Ray Train writes there, and keeps beside a trial's checkpoints its ledger of them. On a disk every
 file is written whole or not at all: the ledger is what a trial goes on from, and Ray would write
 over it in its place, so that a full disk or a killed process left half of it.
+
+Imported by Ray Train's controllers too, one for each trial: keep the detector out of it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow import PythonFile
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from codetr.checkpoint import FILE_NAME
 from codetr.config import ConfigError
 from orchestrator.plan import Plan
 from orchestrator.wording import one_line
@@ -220,6 +221,8 @@ def local_checkpoint(place: str) -> Iterator[Path]:
     if "://" not in place:
         yield Path(place).expanduser()
         return
+    from codetr.checkpoint import FILE_NAME
+
     named = place.endswith((FILE_NAME, ".safetensors"))
     url = place if named else f"{place.rstrip('/')}/{FILE_NAME}"
     with TemporaryDirectory() as folder:
