@@ -327,9 +327,10 @@ class _Run:
         return ended
 
     def _is_done_meanwhile(self, trial: Trial) -> bool:
-        """Whether it need not be begun: another invocation has finished it beside this one, or
+        """Whether it need not be begun: another experiment of this output has finished it, or
         someone has asked to leave it out."""
-        source = finished_elsewhere(self.plan, trial, self.since)
+        since = self.since if self.plan.options.rerun == "all" else 0
+        source = finished_elsewhere(self.plan, trial, since)
         if source is None and not self._stop_file(trial).exists():
             return False
         if source is not None:

@@ -58,6 +58,16 @@ def test_two_invocations_at_once_train_no_trial_twice(laboratory):
         assert [run.info.status for run in children] == ["FINISHED"] * 2
 
 
+def test_what_another_experiment_has_trained_is_not_trained_again(laboratory):
+    """After the test before."""
+    code, out = laboratory.run("--name", "third")
+    assert code == 0, out
+    assert (out.count("copied from"), re.findall(r"epoch \d/3", out)) == (2, [])
+    assert [r["AP"] for r in laboratory.rows("third")] == [
+        r["AP"] for r in laboratory.rows("first")
+    ]
+
+
 def test_all_is_trained_again_where_that_is_wanted(laboratory):
     """After the test before."""
     _, before = laboratory.runs("first")
