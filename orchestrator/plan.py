@@ -51,6 +51,13 @@ _WITHOUT_EFFECT = {
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""
 
+_ADDED = {
+    "detector": ("query_loss.federated",),
+    "data": ("jitter", "copy_paste", "repeat_threshold"),
+}
+"""Settings that there were not always. At their default they are no part of a trial's identity:
+what was trained before they existed is still known."""
+
 
 class Trial(Strict):
     """One arm with one seed: what one Ray Train job trains."""
@@ -73,10 +80,12 @@ class Trial(Strict):
             "version": IDENTITY_VERSION,
             "seed": self.seed,
             "fingerprint": self.facts.fingerprint,
-            "detector": self.detector.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT["training"]),
-            "data": self.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT["data"]),
         }
+        for part in ("detector", "training", "data"):
+            config: Strict = getattr(self, part)
+            identity[part] = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(part))
+            for key in _ADDED.get(part, ()):
+                _leave_out_default(identity[part], key, config)
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
@@ -388,6 +397,15 @@ def _name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
     return name
+
+
+def _leave_out_default(dumped: dict[str, Any], key: str, config: Strict) -> None:
+    """Take the setting with this dotted name out of a dumped ``config`` if it is at its default."""
+    *outer, name = key.split(".")
+    for section in outer:
+        dumped, config = dumped[section], getattr(config, section)
+    if getattr(config, name) == type(config).model_fields[name].default:
+        del dumped[name]
 
 
 def slug(text: str) -> str:
