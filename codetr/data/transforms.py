@@ -18,7 +18,7 @@ CROP_SHORT_SIDES = (400, 500, 600)
 CROP_SIDES = (384, 600)
 """Smallest and largest side of DETR's crop, in pixels."""
 MIN_JITTERED_SIDE = 0.01
-"""Pixels: where large-scale jitter leaves a thinner box, the object is gone, as in the original."""
+"""Pixels: where large-scale jitter leaves no wider box, the object is gone, as in the original."""
 
 
 class RandomSizeCrop(v2.Transform):  # type: ignore[misc]
@@ -50,15 +50,19 @@ class ScaleJitter(v2.ScaleJitter):  # type: ignore[misc]
         return {"size": (max(1, height), max(1, width))}
 
 
-def boxes_of_masks(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Where there are masks, boxes become theirs: a crop may leave less of an object than of its
-    box. A box of an empty mask has no area."""
-    if "masks" not in objects:
-        return image, objects
-    seen = objects["masks"].flatten(1).any(1)
-    boxes = torch.zeros_like(objects["boxes"].as_subclass(torch.Tensor))
-    boxes[seen] = pixel_boxes(objects["masks"][seen]).to(boxes.dtype)
-    return image, {**objects, "boxes": tv_tensors.wrap(boxes, like=objects["boxes"])}
+def what_is_left(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The objects of which there is still something, after a crop that has cut boxes and masks.
+
+    Where there are masks, boxes become theirs: less may be left of an object than of its box.
+    """
+    boxes = objects["boxes"].as_subclass(torch.Tensor)
+    if "masks" in objects:
+        masks = objects["masks"].as_subclass(torch.Tensor).bool()
+        seen = masks.flatten(1).any(1)
+        boxes = torch.zeros_like(boxes)
+        boxes[seen] = pixel_boxes(masks[seen]).to(boxes.dtype)
+    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_JITTERED_SIDE).all(1)
+    return image, {name: values[kept] for name, values in {**objects, "boxes": boxes}.items()}
 
 
 def _draw(low: int, high: int) -> int:
@@ -108,8 +112,7 @@ def _jitter(config: JitterConfig) -> list[Any]:
     return [
         ScaleJitter((side, side), config.scale),
         RandomSizeCrop(side, side),
-        boxes_of_masks,
-        v2.SanitizeBoundingBoxes(MIN_JITTERED_SIDE),
+        what_is_left,
     ]
 
 
