@@ -55,8 +55,8 @@ _ADDED = {
     "detector": ("query_loss.federated",),
     "data": ("jitter", "copy_paste", "repeat_threshold"),
 }
-"""Settings that there were not always. At their default they are no part of a trial's identity:
-what was trained before they existed is still known."""
+"""Settings that there were not always. At their default, or switched off, they are no part of a
+trial's identity: what was trained before they existed is still known."""
 
 
 class Trial(Strict):
@@ -85,7 +85,7 @@ class Trial(Strict):
             config: Strict = getattr(self, part)
             identity[part] = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(part))
             for key in _ADDED.get(part, ()):
-                _leave_out_default(identity[part], key, config)
+                _leave_out_unused(identity[part], key, config)
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
@@ -399,12 +399,14 @@ def _name(name: str) -> str:
     return name
 
 
-def _leave_out_default(dumped: dict[str, Any], key: str, config: Strict) -> None:
-    """Take the setting with this dotted name out of a dumped ``config`` if it is at its default."""
+def _leave_out_unused(dumped: dict[str, Any], key: str, config: Strict) -> None:
+    """Take the setting with this dotted name out of a dumped ``config`` if it is at its default, or
+    a section that is not ``enabled``."""
     *outer, name = key.split(".")
     for section in outer:
         dumped, config = dumped[section], getattr(config, section)
-    if getattr(config, name) == type(config).model_fields[name].default:
+    value, default = getattr(config, name), type(config).model_fields[name].default
+    if value == default or not getattr(value, "enabled", True):
         del dumped[name]
 
 
