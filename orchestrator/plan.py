@@ -51,12 +51,12 @@ _WITHOUT_EFFECT = {
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""
 
-_ADDED = {
+_LATER = {
     "detector": ("query_loss.federated",),
     "data": ("jitter", "copy_paste", "repeat_threshold"),
 }
-"""Settings that there were not always. At their default, or switched off, they are no part of a
-trial's identity: what was trained before they existed is still known."""
+"""Settings that came later: at their defaults, and where a section of the data is not ``enabled``,
+they change nothing, and trials keep their names."""
 
 
 class Trial(Strict):
@@ -80,12 +80,10 @@ class Trial(Strict):
             "version": IDENTITY_VERSION,
             "seed": self.seed,
             "fingerprint": self.facts.fingerprint,
+            "detector": _identity("detector", self.detector),
+            "training": _identity("training", self.training),
+            "data": _identity("data", self.data),
         }
-        for part in ("detector", "training", "data"):
-            config: Strict = getattr(self, part)
-            identity[part] = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(part))
-            for key in _ADDED.get(part, ()):
-                _leave_out_unused(identity[part], key, config)
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
@@ -107,6 +105,22 @@ class Trial(Strict):
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.training.epochs
+
+
+def _identity(section: str, config: Strict) -> dict[str, Any]:
+    """The values that tell a trial from others."""
+    values = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(section))
+    for key in _LATER.get(section, ()):
+        *outer, name = key.split(".")
+        holder, inner = config, values
+        for part in outer:
+            holder, inner = getattr(holder, part), inner[part]
+        value = getattr(holder, name)
+        # Checkpoints hold their detector to every value, used or not: there it must be the default.
+        unused = section == "data" and not getattr(value, "enabled", True)
+        if unused or value == type(holder).model_fields[name].default:
+            del inner[name]
+    return values
 
 
 Rerun = Literal["failed", "all", "none"]
@@ -397,17 +411,6 @@ def _name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
     return name
-
-
-def _leave_out_unused(dumped: dict[str, Any], key: str, config: Strict) -> None:
-    """Take the setting with this dotted name out of a dumped ``config`` if it is at its default, or
-    a section that is not ``enabled``."""
-    *outer, name = key.split(".")
-    for section in outer:
-        dumped, config = dumped[section], getattr(config, section)
-    value, default = getattr(config, name), type(config).model_fields[name].default
-    if value == default or not getattr(value, "enabled", True):
-        del dumped[name]
 
 
 def slug(text: str) -> str:

@@ -191,7 +191,7 @@ def test_settings_that_came_later_leave_identities_alone():
     """The ids of this plan before there were any of them."""
     before = ["5a51eeb655", "1d5ae49750", "caea7aca35"]
     assert ids(seeds=(0,)) == before
-    unused = ("jitter.canvas=96", "copy_paste.shapes=boxes", "federated.classes=7")
+    unused = ("jitter.canvas=96", "copy_paste.shapes=boxes")
     assert ids(seeds=(0,), settings=unused) == before
     for used in (
         ("jitter.enabled=true",),
