@@ -76,8 +76,9 @@ def write_overview(
             "",
             "Every dot is a trial, lines join the means; grey is the paper on COCO, on an axis of "
             "its own. The paper's argument: auxiliary heads make features more discriminative and "
-            "AP higher, until heads that disagree get in each other's way. With K = 1 the conflict "
-            "is the head's distance from the query head, with more heads that among themselves.",
+            "AP higher; that AP falls again with six different heads it ascribes to conflicts of "
+            "theirs (sections 3.4 and 4.4). With K = 1 the conflict is the head's distance from "
+            "the query head, with more heads that among themselves.",
             "",
         ]
     lines += [*_table(plan, points), ""]

@@ -26,8 +26,8 @@ from codetr.plotting import picture
 from codetr.structures import Memory, Size
 
 PAPER = (
-    "The paper (figure 3) saw that one-to-one matching alone leaves the encoder's scores spread "
-    "over the background, and that heads with one-to-many assignment raise them on objects."
+    "The paper (section 3.4, figure 3) saw ATSS and Co-Deformable-DETR tell the areas of key "
+    "objects from the rest better than Deformable-DETR, which the background disturbs."
 )
 
 
