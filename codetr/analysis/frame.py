@@ -17,17 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codetr.analysis import CATALOGUE, About
-from codetr.checkpoint import Checkpoint, build_model
+from codetr.checkpoint import Checkpoint
 from codetr.config import ConfigError, DataConfig
 from codetr.data import CocoDataset
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
 from codetr.structures import ImageBatch, Size, Targets
+from codetr.weights import Weights
 
 Arrays = dict[str, NDArray[Any]]
 Numbers = dict[str, float]
 Tables = Mapping[str, Any]
 """The paper's numbers by table and figure; a report puts those that it finds beside its own."""
+
+AnyCheckpoint = Checkpoint | Weights
+"""Of a training, or weights without one, as ``codetr convert`` writes them."""
 
 EXAMPLES = 4
 """So many images are shown at most."""
@@ -50,20 +54,21 @@ class Subject:
     """
 
     label: str
-    checkpoint: Checkpoint
+    checkpoint: AnyCheckpoint
     model: CoDETR
     group: str = ""
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, device: torch.device, label: str = "", group: str = ""
+        cls, checkpoint: AnyCheckpoint, device: torch.device, label: str = "", group: str = ""
     ) -> Subject:
         """The checkpoint's detector on ``device``.
 
         Raises:
-            CheckpointError: its weights do not fit its configuration.
+            CheckpointError: its weights or classes do not fit its configuration.
         """
-        model = build_model(checkpoint).to(device).requires_grad_(False)
+        weights = checkpoint if isinstance(checkpoint, Weights) else Weights.of(checkpoint)
+        model = weights.build().to(device).requires_grad_(False)
         label = label or default_label(checkpoint)
         return cls(label, checkpoint, model, group or label)
 
@@ -72,10 +77,12 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def default_label(checkpoint: Checkpoint) -> str:
-    """``K=2 atss + faster_rcnn, seed 0, epoch 8``."""
+def default_label(checkpoint: AnyCheckpoint) -> str:
+    """``K=2 atss + faster_rcnn, seed 0, epoch 8``; weights without a training by their file."""
     heads = " + ".join(checkpoint.detector.head_names)
     name = f"K={checkpoint.detector.k} {heads}".rstrip()
+    if isinstance(checkpoint, Weights):
+        return f"{name}, {Path(checkpoint.source).name}"
     return f"{name}, seed {checkpoint.seed}, epoch {checkpoint.epoch}"
 
 
@@ -101,7 +108,8 @@ class Measurement:
 
     Attributes:
         analysis: its name.
-        facts: of detector and data, as plain values: ``k``, ``heads``, ``seed``, ``epoch``, …
+        facts: of detector and data, as plain values: ``k``, ``heads``, …; ``seed`` and ``epoch``
+            of a training.
         numbers: finite, by name; ``a/b`` where there is one for each of several things.
         arrays: of numbers, by name.
     """
@@ -165,7 +173,7 @@ class Analysis(ABC):
         return CATALOGUE[cls.name]
 
     @classmethod
-    def check(cls, checkpoints: Sequence[Checkpoint]) -> None:
+    def check(cls, checkpoints: Sequence[AnyCheckpoint]) -> None:
         """Refuse what cannot be analysed, before anything is computed.
 
         Raises:
@@ -251,11 +259,11 @@ def measure(
         "checkpoint": checkpoint.source,
         "k": checkpoint.detector.k,
         "heads": list(checkpoint.detector.head_names),
-        "seed": checkpoint.seed,
-        "epoch": checkpoint.epoch,
         "images": len(places),
         "objects": int(sum(counts[place] for place in places)),
     }
+    if isinstance(checkpoint, Checkpoint):
+        facts |= {"seed": checkpoint.seed, "epoch": checkpoint.epoch}
     finite = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
     return Measurement(kind.name, subject.label, subject.group, facts, finite, arrays)
 

@@ -14,6 +14,7 @@ import torch
 from codetr.analysis.frame import (
     Analysis,
     AnalysisError,
+    AnyCheckpoint,
     Arrays,
     Measurement,
     Numbers,
@@ -25,6 +26,7 @@ from codetr.checkpoint import Checkpoint, without_download
 from codetr.matching.stability import Instability as Change
 from codetr.matching.stability import Matches, MatchRecorder, instability
 from codetr.plotting import COLOURS, picture
+from codetr.weights import Weights
 
 PAPER = (
     "The paper (section 3.4, figure 5) saw Co-Deformable-DETR match more stably than "
@@ -55,14 +57,15 @@ class Instability(Analysis):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.training = _training(_of_training(self.subject.checkpoint))
         self.by_place: dict[int, tuple[int, list[int]]] = {}
 
     @classmethod
-    def check(cls, checkpoints: Sequence[Checkpoint]) -> None:
-        super().check(checkpoints)
+    def check(cls, checkpoints: Sequence[AnyCheckpoint]) -> None:
         epochs: dict[str, set[int]] = {}
-        for checkpoint in checkpoints:
+        for checkpoint in map(_of_training, checkpoints):
             epochs.setdefault(_training(checkpoint), set()).add(checkpoint.epoch)
+        super().check(checkpoints)
         if all(len(of_one) < 2 for of_one in epochs.values()):
             raise AnalysisError(
                 f"'{cls.name}' compares epochs of one training, and no two of "
@@ -88,7 +91,7 @@ class Instability(Analysis):
         return {"matched": float((matches[:, 1] >= 0).mean())}, {
             "images": np.array(image_ids, dtype=np.int64),
             "matches": matches,
-            "training": np.array(_training(self.subject.checkpoint)),
+            "training": np.array(self.training),
         }
 
     @classmethod
@@ -99,6 +102,15 @@ class Instability(Analysis):
         paper: Tables,  # noqa: ARG003
     ) -> list[Path]:
         return report_courses(courses(measurements), images_of(measurements), folder)
+
+
+def _of_training(checkpoint: AnyCheckpoint) -> Checkpoint:
+    if isinstance(checkpoint, Weights):
+        raise AnalysisError(
+            f"{checkpoint.source}: weights without a training, and '{Instability.name}' compares "
+            "epochs of one: give checkpoints of a training"
+        )
+    return checkpoint
 
 
 def _training(checkpoint: Checkpoint) -> str:

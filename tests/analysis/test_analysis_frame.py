@@ -28,6 +28,7 @@ from codetr.analysis.instability import Instability, courses
 from codetr.data import Classes, DataError, open_dataset
 from codetr.data.digits import make_digits
 from codetr.matching.stability import instability
+from codetr.weights import Weights
 from orchestrator.experiment import paper_tables
 
 SIZES = [(48, 64), (64, 48), (48, 64), (48, 64), (40, 72), (64, 48), (48, 64)]
@@ -154,6 +155,23 @@ def test_checkpoints_that_are_no_two_epochs() -> None:
         Instability.check([one, checkpoint_of(tiny_detector(), seed=3, epoch=2)])
     with pytest.raises(AnalysisError, match="no two of"):
         Instability.check([one, one])
+
+
+def test_weights_without_a_training(data) -> None:
+    """They say what their checkpoint says, but nothing of epochs."""
+    checkpoint = replace(checkpoint_of(tiny_detector("atss")), source="there/w.safetensors")
+    weights = Weights.of(checkpoint)
+    analysis("conflicts").check([weights])
+    found, before = (
+        measure(analysis("conflicts"), Subject.of(one, torch.device("cpu")), data)
+        for one in (weights, checkpoint)
+    )
+    assert found.numbers == before.numbers
+    assert found.label == "K=1 atss, w.safetensors"
+    assert before.facts == {**found.facts, "seed": 7, "epoch": 1}
+    for several in ([weights], [checkpoint, weights]):
+        with pytest.raises(AnalysisError, match=r"^there/w\.safetensors: weights without a train"):
+            Instability.check(several)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
