@@ -130,7 +130,11 @@ def test_instability_compares_epochs_of_one_training(data, tmp_path) -> None:
     ]
     assert first.changes[2] == instability(*rows)
     page, picture = Instability.report(found, tmp_path, {})
-    assert page.read_text().count("| K=1 atss") == 3
+    rows = re.findall(r"^\| (\d) \| (\S+)( \(\S+ to \S+\))? \|$", page.read_text(), re.MULTILINE)
+    shares, queries = rows[:2], rows[2:]
+    means = (first.changes[2].changed + second.changes[2].changed) / 2, first.changes[3].changed
+    assert [float(value) for _, value, _ in shares] == pytest.approx(means, rel=1e-3)
+    assert [(epoch, bool(ends)) for epoch, _, ends in queries] == [("2", True), ("3", False)]
     assert picture.exists()
 
 

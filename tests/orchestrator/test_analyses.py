@@ -216,9 +216,10 @@ def test_pages_of_a_run(plan):
     overview = files[0].read_text()
     assert "**Failed:** the page of conflicts: KeyError" in overview
     assert "(instability.md)" in overview
-    assert "| K=0 | 0 | 10.5 | – | 0.8 |" in overview
-    assert "| K=2 ATSS + Faster R-CNN | 2 | 30.5 | 0.5 | 0.8 |" in overview
-    assert "| K=1 ATSS, seed 1 | 4 | 0.25 | 2 |" in files[2].read_text()
+    assert "| K=0 | 0 | 10.50 (10.00 to 11.00) | – | 0.8000 (0.8000 to 0.8000) |" in overview
+    assert "| K=2 ATSS + Faster R-CNN | 2 | 30.50 (30.00 to 31.00) | 0.5000 (0.5" in overview
+    assert "Numbers are means over 2 seeds" in overview
+    assert "| 4 | 0.2500 (0.2500 to 0.2500) | 0.2500 (0" in files[2].read_text()
     assert at_end.write(replace(plan, analyses=()), results) == []
 
 
