@@ -28,13 +28,13 @@ class Quantity:
     Attributes:
         title: of its panel and column.
         analysis, number: where it is found; AP comes from the trial itself.
-        paper: the paper's, by K.
+        paper: the paper's: K, and the value; several of one K, where it has several arms of it.
     """
 
     title: str
     analysis: str | None = None
     number: str = ""
-    paper: Mapping[int, float] | None = None
+    paper: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ def quantities(plan: Plan) -> list[Quantity]:
     """AP, conflict, discriminability."""
     from codetr.analysis.conflicts import paper_conflict
 
-    paper_ap = {t.detector.k: t.paper_ap for t in plan.trials if t.paper_ap is not None}
+    by_arm = {t.arm: (t.detector.k, t.paper_ap) for t in plan.trials if t.paper_ap is not None}
+    conflict = [*paper_conflict(paper_tables()).items()]
     return [
-        Quantity("AP (%)", paper=paper_ap),
-        Quantity("conflict of heads (KL)", "conflicts", "conflict", paper_conflict(paper_tables())),
+        Quantity("AP (%)", paper=[*by_arm.values()]),
+        Quantity("conflict of heads (KL)", "conflicts", "conflict", conflict),
         Quantity("discriminability (IoF-IoB area, encoder)", "iof-iob", "encoder_area"),
         Quantity("IoF-IoB area, decoder", "iof-iob", "decoder_area"),
     ]
@@ -132,8 +133,8 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
             axes.axis("off")
         for axes, (quantity, some) in zip(panels.flat, points.items(), strict=False):
             means = {place: fmean(values) for place, values in _by_place(some).items()}
-            of_k = {k: fmean(v for (_, at), v in means.items() if at == k) for _, k in means}
-            axes.plot(sorted(of_k), [of_k[k] for k in sorted(of_k)], color="0.4", linewidth=1)
+            ks = {k for _, k in means}
+            _join([(k, value) for (_, k), value in means.items()], axes, color="0.4", linewidth=1)
             for (arm, k), values in _by_place(some).items():
                 style = {"color": colours[arm], "linewidths": 0, "zorder": 3}
                 if len(values) > 1:
@@ -141,8 +142,7 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
                 axes.scatter([k], [fmean(values)], s=38, **style)
             axes.set(xlabel="auxiliary heads, K", title=quantity.title)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            paper = {k: v for k, v in (quantity.paper or {}).items() if k in of_k}
-            if paper:
+            if paper := [(k, value) for k, value in quantity.paper if k in ks]:
                 _draw_paper(axes, paper)
         if len(arms) > len({point.k for some in points.values() for point in some}):
             for arm in arms:
@@ -151,12 +151,16 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
     return path
 
 
-def _draw_paper(axes: Any, paper: Mapping[int, float]) -> None:
+def _join(places: Sequence[tuple[int, float]], axes: Any, **style: Any) -> None:
+    """A line through the mean at each K."""
+    ks = sorted({k for k, _ in places})
+    axes.plot(ks, [fmean(v for at, v in places if at == k) for k in ks], **style)
+
+
+def _draw_paper(axes: Any, paper: Sequence[tuple[int, float]]) -> None:
     other = axes.twinx()
-    other.plot(
-        sorted(paper), [paper[k] for k in sorted(paper)],
-        color="0.6", linestyle=":", marker="s", markersize=4,
-    )  # fmt: skip
+    other.scatter(*zip(*paper, strict=True), s=18, marker="s", color="0.6", linewidths=0)
+    _join(paper, other, color="0.6", linestyle=":")
     other.grid(visible=False)
     other.tick_params(colors="0.45", labelsize=8)
     other.set_ylabel("the paper, COCO", color="0.45", fontsize=8)

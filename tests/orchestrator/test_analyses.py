@@ -20,9 +20,10 @@ from codetr.data import open_dataset
 from codetr.zoo.files import convert
 from orchestrator import analyses, cli
 from orchestrator.analyses import Analyses, Look, courses, measure_trial, possible_looks
-from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of
+from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of, quantities
+from orchestrator.experiment import load_experiment
 from orchestrator.interrupt import Interrupts
-from orchestrator.plan import make_plan
+from orchestrator.plan import Options, make_plan
 
 ONE_PASS = ("discriminability", "iof-iob", "conflicts", "queries")
 
@@ -236,12 +237,20 @@ def test_against_k(plan, tmp_path):
     ap = points_of(Quantity("AP"), results, [])
     assert ap[2] == Point("K=1 ATSS", 1, 20.0)
     looks = [Look("conflicts", result.trial, "x") for result in results]
-    quantity = Quantity("c", "conflicts", "conflict", {2: 0.006, 6: 0.008})
+    quantity = Quantity("c", "conflicts", "conflict", [(2, 0.006), (6, 0.008)])
     found = points_of(quantity, results, [fake_measurement(look) for look in looks])
     assert found[-1] == Point("K=2 ATSS + Faster R-CNN", 2, 0.5)
     twins = [replace(point, arm=f"{point.arm}'") for point in ap]
     path = draw_by_k({Quantity("AP"): [*ap, *twins], quantity: found}, tmp_path / "k.png")
     assert path.stat().st_size > 1000
+
+
+def test_the_paper_has_a_value_for_each_arm_of_a_k(tmp_path):
+    """Table 7 has two arms of K = 2; a seed more is no arm more."""
+    options = Options(output=tmp_path, profile="laptop", seeds=(0, 1))
+    ap, conflict, *_ = quantities(make_plan(load_experiment("ablation-k-to-6"), options))
+    assert [*ap.paper] == [(0, 47.1), (1, 48.7), (2, 49.0), (2, 49.5), (3, 49.5), (6, 48.9)]
+    assert [k for k, _ in conflict.paper] == [2, 6]
 
 
 # --------------------------------------------------------------------------------------- for real
