@@ -50,26 +50,26 @@ def analyze_checkpoints(
     """
     require_known(name, "analyze")
     from codetr.analysis import analysis
-    from codetr.analysis.frame import Subject, default_label, measure
+    from codetr.analysis.frame import Subject, default_labels, measure
 
     kind = analysis(name)
     checkpoints = [_load(place) for place in places]
     kind.check(checkpoints)
-    labels = _distinct([default_label(checkpoint) for checkpoint in checkpoints])
+    labels = default_labels(checkpoints)
     for checkpoint in checkpoints:  # the last may not fit: better known before the first is seen
         dataset = _open(kind, checkpoint, data)
         dataset.classes.require_same(
             checkpoint.classes, str(dataset.annotations), checkpoint.source
         )
     measurements = []
-    for checkpoint, label in zip(checkpoints, labels, strict=True):
+    for checkpoint, (label, group) in zip(checkpoints, labels, strict=True):
         dataset = _open(kind, checkpoint, data)
 
         def on_images(done: int, total: int, label: str = label) -> None:
             if progress:
                 progress(label, done, total)
 
-        subject = Subject.of(checkpoint, device(), label)
+        subject = Subject.of(checkpoint, device(), label, group)
         measurements.append(
             measure(
                 kind,
@@ -102,11 +102,3 @@ def _load(place: str) -> AnyCheckpoint:
 
     with local_checkpoint(place) as path:
         return replace(load_trained(path), source=place)
-
-
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where several are the same."""
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
-        for i, label in enumerate(labels)
-    ]

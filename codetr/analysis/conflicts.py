@@ -322,7 +322,7 @@ def _draw_matrices(matrices: Sequence[Matrix], folder: Path) -> Path:
     path, side = folder / f"conflicts_k{count - 1}.png", 1.4 + 0.55 * count
     columns = max(1, min(len(matrices), int(11 / side)))
     rows = -(-len(matrices) // columns)
-    size = (side * columns, side * rows + 0.1)
+    size = (side * columns, side * rows + 0.3)
     with picture(path, rows, columns, size=size, axes_grid=False, font_size=9) as (figure, panels):
         figure.suptitle("KL(row ‖ column)", fontsize=9)
         for axes in panels.flat[len(matrices) :]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codetr.analysis import CATALOGUE, About
-from codetr.checkpoint import Checkpoint
+from codetr.checkpoint import Checkpoint, without_download
 from codetr.config import ConfigError, DataConfig
 from codetr.data import CocoDataset
 from codetr.data.loader import collate
@@ -79,11 +79,50 @@ class Subject:
 
 def default_label(checkpoint: AnyCheckpoint) -> str:
     """``K=2 atss + faster_rcnn, seed 0, epoch 8``; weights without a training by their file."""
-    heads = " + ".join(checkpoint.detector.head_names)
-    name = f"K={checkpoint.detector.k} {heads}".rstrip()
+    name = label_of_heads(checkpoint.detector.head_names)
     if isinstance(checkpoint, Weights):
         return f"{name}, {Path(checkpoint.source).name}"
     return f"{name}, seed {checkpoint.seed}, epoch {checkpoint.epoch}"
+
+
+def label_of_heads(heads: Sequence[str]) -> str:
+    """``K=2 atss + faster_rcnn``."""
+    return f"K={len(heads)} {' + '.join(heads)}".rstrip()
+
+
+def default_labels(checkpoints: Sequence[AnyCheckpoint]) -> list[tuple[str, str]]:
+    """A label for each, no two the same, and what it is one of several of: trainings that differ
+    in the seed alone, at one epoch."""
+    labels = numbered([default_label(checkpoint) for checkpoint in checkpoints])
+    kinds = [
+        (settings_of(one), one.epoch) if isinstance(one, Checkpoint) else None
+        for one in checkpoints
+    ]
+    several = [kind for kind in dict.fromkeys(kinds) if kind and kinds.count(kind) > 1]
+    heads = [checkpoints[kinds.index(kind)].detector.head_names for kind in several]
+    names = [
+        f"{label_of_heads(of_one)}, epoch {epoch}"
+        for of_one, (_, epoch) in zip(heads, several, strict=True)
+    ]
+    groups = dict(zip(several, numbered(names), strict=True))
+    return [
+        (label, groups.get(kind, label) if kind else label)
+        for label, kind in zip(labels, kinds, strict=True)
+    ]
+
+
+def settings_of(checkpoint: Checkpoint) -> str:
+    """What tells a training from others but for the seed: its detector, settings and data."""
+    parts = (without_download(checkpoint.detector), checkpoint.training, checkpoint.data)
+    return str([part.model_dump_json() for part in parts])
+
+
+def numbered(labels: Sequence[str]) -> list[str]:
+    """The labels, with numbers where several are the same."""
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
+        for i, label in enumerate(labels)
+    ]
 
 
 @dataclass

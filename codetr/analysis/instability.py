@@ -21,6 +21,9 @@ from codetr.analysis.frame import (
     Numbers,
     Seen,
     Tables,
+    label_of_heads,
+    numbered,
+    settings_of,
 )
 from codetr.analysis.page import (
     image,
@@ -31,7 +34,7 @@ from codetr.analysis.page import (
     table,
     write_page,
 )
-from codetr.checkpoint import Checkpoint, without_download
+from codetr.checkpoint import Checkpoint
 from codetr.matching.stability import Instability as Change
 from codetr.matching.stability import Matches, MatchRecorder, instability
 from codetr.plotting import draw_mean, legend_below, picture
@@ -124,9 +127,8 @@ def _of_training(checkpoint: AnyCheckpoint) -> Checkpoint:
 
 
 def _training(checkpoint: Checkpoint) -> str:
-    """What tells one training from others: its detector, settings, data and seed."""
-    parts = (without_download(checkpoint.detector), checkpoint.training, checkpoint.data)
-    return f"{[part.model_dump_json() for part in parts]} {checkpoint.seed}"
+    """What tells one training from others."""
+    return f"{settings_of(checkpoint)} {checkpoint.seed}"
 
 
 def courses(measurements: Sequence[Measurement]) -> list[Course]:
@@ -134,8 +136,12 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
     trainings: dict[str, list[Measurement]] = {}
     for one in measurements:
         trainings.setdefault(str(one.arrays["training"]), []).append(one)
+    settings = [*dict.fromkeys(_without_seed(training) for training in trainings)]
+    heads = {_without_seed(name): some[0].facts["heads"] for name, some in trainings.items()}
+    labels = numbered([label_of_heads(heads[one]) for one in settings])
+    groups = dict(zip(settings, labels, strict=True))
     found = []
-    for some in trainings.values():
+    for training, some in trainings.items():
         ordered = sorted(some, key=lambda one: int(one.facts["epoch"]))
         changes = {}
         for before, after in pairwise(ordered):
@@ -143,10 +149,13 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
             if change is not None and before.facts["epoch"] != after.facts["epoch"]:
                 changes[int(after.facts["epoch"])] = change
         if changes:
-            facts = ordered[-1].facts
-            label = f"K={facts['k']} {' + '.join(facts['heads'])}".rstrip()
-            found.append(Course(f"{label}, seed {facts['seed']}", label, changes))
+            group = groups[_without_seed(training)]
+            found.append(Course(f"{group}, seed {ordered[-1].facts['seed']}", group, changes))
     return found
+
+
+def _without_seed(training: str) -> str:
+    return training.rpartition(" ")[0]
 
 
 def _matches(measurement: Measurement) -> Matches:

@@ -20,6 +20,7 @@ from codetr.analysis.frame import (
     Measurement,
     Subject,
     default_label,
+    default_labels,
     measure,
     object_counts,
     spread,
@@ -129,6 +130,12 @@ def test_instability_compares_epochs_of_one_training(data, tmp_path) -> None:
         for n in (1, 3)
     ]
     assert first.changes[2] == instability(*rows)
+    assert first.group == second.group == "K=1 atss"
+    for arrays in (found[2].arrays, found[4].arrays):  # seed 8 with other settings
+        arrays["training"] = np.array(f"other {arrays['training']}")
+    assert [course.group for course in courses(found)] == ["K=1 atss (1)", "K=1 atss (2)"]
+    for arrays in (found[2].arrays, found[4].arrays):
+        arrays["training"] = np.array(str(arrays["training"]).removeprefix("other "))
     page, picture = Instability.report(found, tmp_path, {})
     rows = re.findall(r"^\| (\d) \| (\S+)( \(\S+ to \S+\))? \|$", page.read_text(), re.MULTILINE)
     shares, queries = rows[:2], rows[2:]
@@ -201,6 +208,25 @@ def test_facts_and_labels(alone) -> None:
     assert (found.facts["k"], found.facts["images"], found.facts["objects"]) == (2, 7, 12)
     json.dumps(found.facts)
     assert default_label(checkpoint_of(tiny_detector())) == "K=0, seed 7, epoch 1"
+
+
+def test_trainings_that_differ_in_the_seed_alone_are_one_group() -> None:
+    one, two = (checkpoint_of(tiny_detector("atss"), seed=s) for s in (7, 8))
+    later = replace(one, epoch=2)
+    slower = replace(one, training=one.training.model_copy(update={"batch_size": 3}))
+    weights = [Weights.of(replace(one, source="w")), Weights.of(replace(two, source="w"))]
+    labels = default_labels([one, two, later, slower, replace(slower, seed=9), *weights])
+    first, second = "K=1 atss, epoch 1 (1)", "K=1 atss, epoch 1 (2)"
+    assert labels == [
+        ("K=1 atss, seed 7, epoch 1 (1)", first),
+        ("K=1 atss, seed 8, epoch 1", first),
+        ("K=1 atss, seed 7, epoch 2", "K=1 atss, seed 7, epoch 2"),
+        ("K=1 atss, seed 7, epoch 1 (2)", second),
+        ("K=1 atss, seed 9, epoch 1", second),
+        ("K=1 atss, w (1)", "K=1 atss, w (1)"),
+        ("K=1 atss, w (2)", "K=1 atss, w (2)"),
+    ]
+    assert default_labels([one, later])[0] == 2 * ("K=1 atss, seed 7, epoch 1",)
 
 
 def test_objects_are_counted_without_crowds(data) -> None:
