@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart; without yellow, unseen on white."""
@@ -42,6 +45,31 @@ def picture(
         yield figure, figure.subplots(rows, columns, squeeze=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
+
+
+def draw_mean(
+    axes: Any, x: ArrayLike, curves: Sequence[ArrayLike], label: str, **style: Any
+) -> None:
+    """The mean of curves over the same ``x``, and each of several as a faint thin line."""
+    import numpy as np
+
+    for curve in curves if len(curves) > 1 else ():
+        axes.plot(x, curve, **(style | {"linewidth": 0.8, "alpha": 0.35, "marker": ""}))
+    axes.plot(x, np.mean(np.asarray(curves), axis=0), label=label, **({"linewidth": 1.8} | style))
+
+
+def legend_below(figure: Any, panels: Iterable[Any], columns: int = 3) -> None:
+    """One legend for all panels, of each name once; none where nothing has a name."""
+    named = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center",
+            ncols=min(columns, len(named)), fontsize=9,
+        )  # fmt: skip
 
 
 def save(figure: Any, path: Path) -> Path:

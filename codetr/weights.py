@@ -121,11 +121,21 @@ def load_weights(path: Path) -> Weights:
     Raises:
         CheckpointError: there are none, or the file is damaged or not codetr's.
     """
+    found = load_trained(path)
+    return found if isinstance(found, Weights) else Weights.of(found)
+
+
+def load_trained(path: Path) -> Checkpoint | Weights:
+    """The same, with the training where there is one.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`.
+    """
     if path.is_dir():
         inside = path / WEIGHTS_NAME
         path = inside if inside.exists() and not (path / FILE_NAME).exists() else path
     if path.suffix != SUFFIX:
-        return Weights.of(load_checkpoint(path))
+        return load_checkpoint(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

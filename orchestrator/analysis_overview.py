@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from codetr.analysis import CATALOGUE
-from codetr.plotting import COLOURS, picture
+from codetr.plotting import COLOURS, legend_below, picture
 from orchestrator.experiment import paper_tables
 from orchestrator.plan import Plan
 from orchestrator.results import TrialResult
@@ -28,13 +28,13 @@ class Quantity:
     Attributes:
         title: of its panel and column.
         analysis, number: where it is found; AP comes from the trial itself.
-        paper: the paper's, by K.
+        paper: the paper's: K, and the value; several of one K, where it has several arms of it.
     """
 
     title: str
     analysis: str | None = None
     number: str = ""
-    paper: Mapping[int, float] | None = None
+    paper: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ def write_overview(
         lines += [
             f"![{', '.join(quantity.title for quantity in points)} against K]({BY_K})",
             "",
-            "Every dot is a trial, lines join the means; grey is the paper on COCO, on an axis of "
+            "A faint dot is a trial, a full one the mean of an arm over its seeds; the line joins "
+            "the means of all arms with so many heads. Grey is the paper on COCO, on an axis of "
             "its own. The paper's argument: auxiliary heads make features more discriminative and "
-            "AP higher, until heads that disagree get in each other's way. With K = 1 the conflict "
-            "is the head's distance from the query head, with more heads that among themselves.",
+            "AP higher; that AP falls again with six different heads it ascribes to conflicts of "
+            "theirs (sections 3.4 and 4.4). With K = 1 the conflict is the head's distance from "
+            "the query head, with more heads that among themselves.",
             "",
         ]
     lines += [*_table(plan, points), ""]
@@ -92,10 +94,11 @@ def quantities(plan: Plan) -> list[Quantity]:
     """AP, conflict, discriminability."""
     from codetr.analysis.conflicts import paper_conflict
 
-    paper_ap = {t.detector.k: t.paper_ap for t in plan.trials if t.paper_ap is not None}
+    by_arm = {t.arm: (t.detector.k, t.paper_ap) for t in plan.trials if t.paper_ap is not None}
+    conflict = [*paper_conflict(paper_tables()).items()]
     return [
-        Quantity("AP (%)", paper=paper_ap),
-        Quantity("conflict of heads (KL)", "conflicts", "conflict", paper_conflict(paper_tables())),
+        Quantity("AP (%)", paper=[*by_arm.values()]),
+        Quantity("conflict of heads (KL)", "conflicts", "conflict", conflict),
         Quantity("discriminability (IoF-IoB area, encoder)", "iof-iob", "encoder_area"),
         Quantity("IoF-IoB area, decoder", "iof-iob", "decoder_area"),
     ]
@@ -122,51 +125,67 @@ def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
     """A panel for each quantity."""
     arms = dict.fromkeys(point.arm for some in points.values() for point in some)
     colours = dict(zip(arms, cycle(COLOURS), strict=False))
-    with picture(path, 1, len(points), size=(3.7 * len(points), 3.5), font_size=9) as (
-        figure,
-        panels,
-    ):
-        for axes, (quantity, some) in zip(panels[0], points.items(), strict=True):
-            means = _means(some)
-            of_k = {k: fmean(v for (_, at), v in means.items() if at == k) for _, k in means}
-            axes.plot(sorted(of_k), [of_k[k] for k in sorted(of_k)], color="0.4", linewidth=1)
-            for arm, k in means:
-                values = [point.value for point in some if (point.arm, point.k) == (arm, k)]
-                axes.scatter([k] * len(values), values, s=26, color=colours[arm], zorder=3)
+    columns = min(2, len(points))
+    rows = -(-len(points) // columns)
+    size = (4.2 * columns, 3 * rows + 0.5)
+    with picture(path, rows, columns, size=size, font_size=9) as (figure, panels):
+        for axes in panels.flat[len(points) :]:
+            axes.axis("off")
+        for axes, (quantity, some) in zip(panels.flat, points.items(), strict=False):
+            means = {place: fmean(values) for place, values in _by_place(some).items()}
+            ks = {k for _, k in means}
+            _join([(k, value) for (_, k), value in means.items()], axes, color="0.4", linewidth=1)
+            for (arm, k), values in _by_place(some).items():
+                style = {"color": colours[arm], "linewidths": 0, "zorder": 3}
+                if len(values) > 1:
+                    axes.scatter([k] * len(values), values, s=22, alpha=0.35, **style)
+                axes.scatter([k], [fmean(values)], s=38, **style)
             axes.set(xlabel="auxiliary heads, K", title=quantity.title)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            paper = {k: v for k, v in (quantity.paper or {}).items() if k in of_k}
-            if paper:
+            if paper := [(k, value) for k, value in quantity.paper if k in ks]:
                 _draw_paper(axes, paper)
         if len(arms) > len({point.k for some in points.values() for point in some}):
-            marks = [axes.scatter([], [], s=26, color=colours[arm], label=arm) for arm in arms]
-            figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
+            for arm in arms:
+                panels[0, 0].scatter([], [], s=38, linewidths=0, color=colours[arm], label=arm)
+            legend_below(figure, panels.flat)
     return path
 
 
-def _draw_paper(axes: Any, paper: Mapping[int, float]) -> None:
+def _join(places: Sequence[tuple[int, float]], axes: Any, **style: Any) -> None:
+    """A line through the mean at each K."""
+    ks = sorted({k for k, _ in places})
+    axes.plot(ks, [fmean(v for at, v in places if at == k) for k in ks], **style)
+
+
+def _draw_paper(axes: Any, paper: Sequence[tuple[int, float]]) -> None:
     other = axes.twinx()
-    other.plot(
-        sorted(paper), [paper[k] for k in sorted(paper)],
-        color="0.65", linestyle=":", marker="s", markersize=4,
-    )  # fmt: skip
+    other.scatter(*zip(*paper, strict=True), s=18, marker="s", color="0.6", linewidths=0)
+    _join(paper, other, color="0.6", linestyle=":")
     other.grid(visible=False)
-    other.tick_params(colors="0.55", labelsize=7)
+    other.tick_params(colors="0.45", labelsize=8)
+    other.set_ylabel("the paper, COCO", color="0.45", fontsize=8)
+    other.margins(y=0.15)  # apart from ours: both would fill the panel
+    axes.set_zorder(other.get_zorder() + 1)
+    axes.patch.set_visible(False)
 
 
-def _means(points: Sequence[Point]) -> dict[tuple[str, int], float]:
-    places = dict.fromkeys((point.arm, point.k) for point in points)
-    return {
-        place: fmean(point.value for point in points if (point.arm, point.k) == place)
-        for place in places
-    }
+def _by_place(points: Sequence[Point]) -> dict[tuple[str, int], list[float]]:
+    """The values of each arm, at its K."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for point in points:
+        found.setdefault((point.arm, point.k), []).append(point.value)
+    return found
 
 
 def _table(plan: Plan, points: Mapping[Quantity, Sequence[Point]]) -> list[str]:
-    """The mean of each arm over its seeds."""
-    from codetr.analysis.page import table
+    """The mean of each arm over its seeds, with the least and the greatest."""
+    from codetr.analysis.page import mean_and_range, seeds_of, table
 
-    means = [{arm: value for (arm, _), value in _means(some).items()} for some in points.values()]
+    places = [_by_place(some) for some in points.values()]
     ks = {trial.arm: trial.detector.k for trial in plan.trials}
-    rows = [[arm, k, *(of.get(arm) for of in means)] for arm, k in ks.items()]
-    return [table(["arm", "K", *(quantity.title for quantity in points)], rows)]
+    rows = [
+        [arm, k, *(mean_and_range(of.get((arm, k), [])) for of in places)] for arm, k in ks.items()
+    ]
+    counts = [len(values) for of in places for values in of.values()]
+    head = ["arm", "K", *(quantity.title for quantity in points)]
+    return [table(head, rows), "", *([seeds_of(counts)] if counts else [])]

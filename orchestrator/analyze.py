@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,7 @@ from orchestrator.experiment import paper_tables
 from orchestrator.use import data_config, device
 
 if TYPE_CHECKING:
-    from codetr.analysis.frame import Analysis
-    from codetr.checkpoint import Checkpoint
+    from codetr.analysis.frame import Analysis, AnyCheckpoint
     from codetr.data import CocoDataset
 
 ShowImages = Callable[[str, int, int], None]
@@ -34,7 +34,8 @@ def analyze_checkpoints(
 
     Args:
         name: of the analysis.
-        places: of the checkpoints: files, or their folders; or any URLs of fsspec.
+        places: of the checkpoints, of trainings or of ``codetr convert``: files, or their folders;
+            or any URLs of fsspec.
         data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
         output: the folder to write to; each detector's numbers and arrays in a folder below it.
         batch_size: images that go through a detector together.
@@ -49,26 +50,26 @@ def analyze_checkpoints(
     """
     require_known(name, "analyze")
     from codetr.analysis import analysis
-    from codetr.analysis.frame import Subject, default_label, measure
+    from codetr.analysis.frame import Subject, default_labels, measure
 
     kind = analysis(name)
     checkpoints = [_load(place) for place in places]
     kind.check(checkpoints)
-    labels = _distinct([default_label(checkpoint) for checkpoint in checkpoints])
+    labels = default_labels(checkpoints)
     for checkpoint in checkpoints:  # the last may not fit: better known before the first is seen
         dataset = _open(kind, checkpoint, data)
         dataset.classes.require_same(
             checkpoint.classes, str(dataset.annotations), checkpoint.source
         )
     measurements = []
-    for checkpoint, label in zip(checkpoints, labels, strict=True):
+    for checkpoint, (label, group) in zip(checkpoints, labels, strict=True):
         dataset = _open(kind, checkpoint, data)
 
         def on_images(done: int, total: int, label: str = label) -> None:
             if progress:
                 progress(label, done, total)
 
-        subject = Subject.of(checkpoint, device(), label)
+        subject = Subject.of(checkpoint, device(), label, group)
         measurements.append(
             measure(
                 kind,
@@ -88,24 +89,16 @@ def analyze_checkpoints(
     return written
 
 
-def _open(kind: type[Analysis], checkpoint: Checkpoint, data: str) -> CocoDataset:
+def _open(kind: type[Analysis], checkpoint: AnyCheckpoint, data: str) -> CocoDataset:
     from codetr.data import open_dataset
 
     masks = kind.trains_heads and checkpoint.detector.needs_masks
     return open_dataset(data_config(checkpoint.data, data), "val", masks=masks)
 
 
-def _load(place: str) -> Checkpoint:
-    from codetr.checkpoint import load_checkpoint
+def _load(place: str) -> AnyCheckpoint:
+    from codetr.weights import load_trained
     from orchestrator.storage import local_checkpoint
 
     with local_checkpoint(place) as path:
-        return load_checkpoint(path)
-
-
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where several are the same."""
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
-        for i, label in enumerate(labels)
-    ]
+        return replace(load_trained(path), source=place)

@@ -20,7 +20,7 @@ def _print_list(wanted: bool) -> None:
 def analyze(
     name: Annotated[str, typer.Argument(help="Of the analysis: see --list.")],
     checkpoints: Annotated[
-        list[str], typer.Argument(help="Checkpoint files, their folders, or URLs of such.")
+        list[str], typer.Argument(help="Of a training or of convert: files, folders, or URLs.")
     ],
     *,
     data: Annotated[

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from codetr.analysis.frame import (
@@ -23,7 +26,16 @@ from codetr.analysis.frame import (
 )
 from codetr.analysis.grad_cam import branch_scores, grad_cams
 from codetr.analysis.maps import as_fraction
-from codetr.analysis.page import groups, image, images_of, means, ranking, table, write_page
+from codetr.analysis.page import (
+    groups,
+    image,
+    images_of,
+    mean_and_range,
+    ranking,
+    table,
+    values_of,
+    write_page,
+)
 from codetr.plotting import picture
 from codetr.queries.selection import QUERY
 
@@ -31,17 +43,18 @@ FIGURES = {3: "figure8_conflict_k2", 7: "figure9_conflict_k6"}
 """The paper's matrices, by their size."""
 
 PAPER = (
-    "The paper (figures 6, 8 and 9) saw heads look further apart the more of them there are, so "
-    "that six different heads help less than two: its average over the auxiliary heads is "
-    "{k2:.4f} for K = 2 and {k6:.4f} for K = 6."
+    "The paper (section 4.4, figure 6) saw an insignificant distance for K = 1, a slightly larger "
+    "one for K = 2 and a surge from K = 3 to 6, to which it ascribes that six different heads help "
+    "less than two"
 )
 
 
 def as_distribution(map_: Tensor) -> Tensor:
     """C of equation 9: a Grad-CAM (H, W) scaled to [0, 1], and its softmax over the pixels.
 
-    The paper says that maps are normalised, not how. This way every pixel has some weight, so that
-    the divergence is finite without a constant to choose, and of the paper's order of magnitude.
+    The paper does not say how it makes a distribution of a map. This way every pixel has some
+    weight, so that the divergence is finite without a constant to choose; and it is small, as the
+    paper's.
     """
     return as_fraction(map_.double()).flatten().softmax(0).view_as(map_)
 
@@ -150,7 +163,8 @@ class Conflicts(Analysis):
 
     @classmethod
     def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
-        matrices = _draw_matrices(measurements, folder, paper)
+        matrices = mean_matrices(measurements, paper)
+        drawn = [_draw_matrices(some, folder) for some in _by_size(matrices)]
         maps = _draw_maps(measurements, folder)
         page = write_page(
             folder / f"{cls.name}.md",
@@ -161,12 +175,13 @@ class Conflicts(Analysis):
             about=images_of(measurements),
             blocks=[
                 _distance_table(measurements, paper),
-                image(matrices, "KL divergence between the maps of each ordered pair of heads"),
+                *(image(path, "KL divergence of each ordered pair of heads") for path in drawn),
+                *_correlations(matrices),
                 image(maps, "Grad-CAM of each head"),
                 _method(measurements),
             ],
         )
-        return [page, matrices, maps]
+        return [page, *drawn, maps]
 
 
 def paper_conflict(paper: Tables) -> dict[int, float]:
@@ -179,35 +194,30 @@ def paper_conflict(paper: Tables) -> dict[int, float]:
 
 
 def _paper_sentence(paper: Tables) -> str:
-    averages = {f"k{k}": value for k, value in paper_conflict(paper).items()}
-    return PAPER.format(**averages) if len(averages) == 2 else PAPER.partition(":")[0] + "."
+    averages = [f"{value:.4f} for K = {k}" for k, value in paper_conflict(paper).items()]
+    if not averages:
+        return f"{PAPER}."
+    return f"{PAPER}; its matrices (figures 8 and 9) average to {' and '.join(averages)}."
 
 
 def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
     """Average distance of each auxiliary head, the paper's below."""
-    found = [
-        (group, _named(means(some), "distance/"), _named(means(some), "from_all/"))
+    numbers = [*dict.fromkeys(name for one in measurements for name in one.numbers)]
+    heads = [*_named(dict.fromkeys(numbers, 0.0), "distance/")]
+    columns = {head: f"distance/{head}" for head in heads}
+    columns |= {"mean": "conflict", "query head, from all heads": f"from_all/{QUERY}"}
+    rows: list[list[object]] = [
+        [group, *(mean_and_range(values_of(some, name)) for name in columns.values())]
         for group, some in groups(measurements).items()
     ]
-    for size, name in FIGURES.items():
-        if name in paper:
-            matrix, order = np.array(paper[name]["matrix"]), paper[name]["order"]
+    for size, figure in FIGURES.items():
+        if figure in paper:
+            matrix, order = np.array(paper[figure]["matrix"]), paper[figure]["order"]
             own = dict(zip(order[1:], head_distances(matrix).tolist(), strict=True))
-            among_all = dict(zip([QUERY, *order[1:]], distances(matrix).tolist(), strict=True))
-            found.append((f"the paper, K = {size - 1}, COCO", own, among_all))
-    heads = [*dict.fromkeys(head for _, own, _ in found for head in own)]
-    return table(
-        ["detector", *heads, "mean", "query head, from all heads"],
-        [
-            [
-                name,
-                *(own.get(head) for head in heads),
-                float(np.mean([*own.values()])) if own else None,
-                among_all.get(QUERY),
-            ]
-            for name, own, among_all in found
-        ],
-    )
+            ends = (float(head_distances(matrix).mean()), float(distances(matrix)[0]))
+            label = f"the paper, K = {size - 1}, COCO"
+            rows.append([label, *(own.get(head) for head in heads), *ends])
+    return table(["detector", *columns], rows)
 
 
 def _named(numbers: Numbers, prefix: str) -> Numbers:
@@ -230,48 +240,106 @@ def _method(measurements: Sequence[Measurement]) -> str:
         "A head's map is the Grad-CAM, on the encoder's output, of the class scores that it gives "
         "to the classes present, summed over its predictions; scaled to [0, 1], then a softmax "
         "over the pixels. The paper does not say how it normalised: compare differences more than "
-        "values. A row's distance is equation 12: both directions, from the other auxiliary heads; "
-        "a single head's is its distance from the query head.\n\n"
+        "values; each matrix is coloured over its own range, and is the mean over a detector's "
+        "seeds. A row's distance in the table is equation 12: both directions, from the other "
+        "auxiliary heads; a single head's is its distance from the query head.\n\n"
         f"Left out: {empty:.0f} images without objects, which have no class to explain; maps that "
         f"were zero everywhere, with their pairs: {', '.join(zero) or 'none'}."
     )
 
 
-def _draw_matrices(measurements: Sequence[Measurement], folder: Path, paper: Tables) -> Path:
-    """Every group's matrix, and below it the paper's of the same size, if there is one."""
-    shown_: list[tuple[str, list[str], NDArray[Any]]] = [
-        (
-            group,
-            [QUERY, *some[0].facts["heads"]],
-            np.stack([one.arrays["matrix"] for one in some]).mean(0),
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of divergences, of the row's branch from the column's.
+
+    Attributes:
+        title: whose it is.
+        names: of the branches.
+        values: (n, n).
+        papers: whether it is one of the paper's.
+    """
+
+    title: str
+    names: Sequence[str]
+    values: NDArray[np.float64]
+    papers: bool = False
+
+
+def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Matrix]:
+    """Every group's, mean over its seeds, and the paper's of the same heads; where the paper has
+    these heads, in its order."""
+    papers = {
+        frozenset([QUERY, *paper[figure]["order"][1:]]): Matrix(
+            f"the paper, K={size - 1}, COCO",
+            [QUERY, *paper[figure]["order"][1:]],
+            np.array(paper[figure]["matrix"]),
+            papers=True,
         )
-        for group, some in groups(measurements).items()
-        if len({one.arrays["matrix"].shape for one in some}) == 1
+        for size, figure in FIGURES.items()
+        if figure in paper
+    }
+    found: list[Matrix] = []
+    for group, some in groups(measurements).items():
+        names = [QUERY, *some[0].facts["heads"]]
+        values = np.stack([one.arrays["matrix"] for one in some])
+        beside = papers.get(frozenset(names))
+        if beside is not None:
+            places = [names.index(name) for name in beside.names]
+            names, values = [*beside.names], values[:, places][:, :, places]
+        found.append(Matrix(group, names, values.mean(0)))
+    seen = {frozenset(one.names) for one in found}
+    return found + [one for names, one in papers.items() if names in seen]
+
+
+def _by_size(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    sizes = sorted({len(one.names) for one in matrices})
+    return [[one for one in matrices if len(one.names) == size] for size in sizes]
+
+
+def _correlations(matrices: Sequence[Matrix]) -> list[str]:
+    """How alike the paper ranks the pairs of heads, in a paragraph; nothing where it has none."""
+    papers = {tuple(one.names): one.values for one in matrices if one.papers}
+    found = []
+    for one in matrices:
+        theirs = papers.get(tuple(one.names))
+        if theirs is not None and not one.papers:
+            pairs = ~np.eye(len(theirs), dtype=bool) & np.isfinite(one.values)
+            ours = one.values[pairs]
+            if len({*ours}) > 1:  # else there is no order
+                rank = float(spearmanr(ours, theirs[pairs]).statistic)
+                found.append(f"{rank:+.2f} over {len(ours)} ordered pairs ({one.title})")
+    if not found:
+        return []
+    return [
+        "Spearman's rank correlation with the paper's matrix of the same heads, 1 where the pairs "
+        f"are in the same order and 0 where the order says nothing: {', '.join(found)}."
     ]
-    sizes = {len(names) for _, names, _ in shown_}
-    shown_ += [
-        (f"the paper, K={size - 1}", paper[name]["order"], np.array(paper[name]["matrix"]))
-        for size, name in FIGURES.items()
-        if name in paper and size in sizes
-    ]
-    path = folder / "conflicts.png"
-    side, columns = max(3.2, 0.65 * max(sizes)), min(4, len(shown_))
-    rows = -(-len(shown_) // columns)
-    size = (side * columns, (side + 0.5) * rows)
-    with picture(path, rows, columns, size=size, axes_grid=False, font_size=8) as (_, panels):
-        for axes in panels.flat[len(shown_) :]:
+
+
+def _draw_matrices(matrices: Sequence[Matrix], folder: Path) -> Path:
+    """Matrices of one size beside each other."""
+    count = len(matrices[0].names)
+    path, side = folder / f"conflicts_k{count - 1}.png", 1.4 + 0.55 * count
+    columns = max(1, min(len(matrices), int(11 / side)))
+    rows = -(-len(matrices) // columns)
+    size = (side * columns, side * rows + 0.3)
+    with picture(path, rows, columns, size=size, axes_grid=False, font_size=9) as (figure, panels):
+        figure.suptitle("KL(row ‖ column)", fontsize=9)
+        for axes in panels.flat[len(matrices) :]:
             axes.axis("off")
-        for axes, (title, names, matrix) in zip(panels.flat, shown_, strict=False):
-            axes.imshow(matrix, cmap="viridis")
-            for (row, column), value in np.ndenumerate(matrix):
-                dark = not value > 0.6 * np.nanmax(matrix)
+        for axes, one in zip(panels.flat, matrices, strict=False):
+            axes.imshow(one.values, cmap="viridis", vmin=0)
+            for (row, column), value in np.ndenumerate(one.values):
+                dark = not value > 0.6 * np.nanmax(one.values)
                 axes.text(
-                    column, row, f"{value:.4f}", ha="center", va="center", fontsize=7,
-                    color="white" if dark else "black",
+                    column, row, "0" if row == column else f"{value:.4f}",
+                    ha="center", va="center", fontsize=8, color="white" if dark else "black",
                 )  # fmt: skip
-            axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-            axes.set_yticks(range(len(names)), names)
-            axes.set_title(f"{title}: KL(row ‖ column)", fontsize=9)
+            axes.set_xticks(
+                range(count), one.names, rotation=45, ha="right", rotation_mode="anchor"
+            )
+            axes.set_yticks(range(count), one.names)
+            axes.set_title(textwrap.fill(one.title, 8 + 6 * count), fontsize=9)
     return path
 
 
@@ -281,9 +349,9 @@ def _draw_maps(measurements: Sequence[Measurement], folder: Path) -> Path:
     names = [QUERY, *chosen.facts["heads"]]
     indices = sorted(int(n.split("/")[1]) for n in chosen.arrays if n.startswith("image/"))
     path, columns = folder / "conflicts_maps.png", 1 + len(names)
-    size = (1.9 * columns, 1.9 * len(indices) + 0.5)
+    size = (1.25 * columns, 1.25 * len(indices) + 0.6)
     with picture(path, len(indices), columns, size=size, axes_grid=False) as (figure, panels):
-        figure.suptitle(f"Grad-CAM of {chosen.group}", fontsize=9)
+        figure.suptitle(f"Grad-CAM of {chosen.label}", fontsize=9)
         for axes in panels.flat:
             axes.axis("off")
         for axes, title in zip(panels[0], ["image", *names], strict=True):

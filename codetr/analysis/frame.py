@@ -17,18 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codetr.analysis import CATALOGUE, About
-from codetr.checkpoint import Checkpoint, build_model
+from codetr.checkpoint import Checkpoint, without_download
 from codetr.config import ConfigError, DataConfig
 from codetr.data import CocoDataset
 from codetr.data.canvas import Canvas
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
 from codetr.structures import ImageBatch, Size, Targets
+from codetr.weights import Weights
 
 Arrays = dict[str, NDArray[Any]]
 Numbers = dict[str, float]
 Tables = Mapping[str, Any]
 """The paper's numbers by table and figure; a report puts those that it finds beside its own."""
+
+AnyCheckpoint = Checkpoint | Weights
+"""Of a training, or weights without one, as ``codetr convert`` writes them."""
 
 EXAMPLES = 4
 """So many images are shown at most."""
@@ -51,20 +55,21 @@ class Subject:
     """
 
     label: str
-    checkpoint: Checkpoint
+    checkpoint: AnyCheckpoint
     model: CoDETR
     group: str = ""
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, device: torch.device, label: str = "", group: str = ""
+        cls, checkpoint: AnyCheckpoint, device: torch.device, label: str = "", group: str = ""
     ) -> Subject:
         """The checkpoint's detector on ``device``.
 
         Raises:
-            CheckpointError: its weights do not fit its configuration.
+            CheckpointError: its weights or classes do not fit its configuration.
         """
-        model = build_model(checkpoint).to(device).requires_grad_(False)
+        weights = checkpoint if isinstance(checkpoint, Weights) else Weights.of(checkpoint)
+        model = weights.build().to(device).requires_grad_(False)
         label = label or default_label(checkpoint)
         return cls(label, checkpoint, model, group or label)
 
@@ -73,11 +78,52 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def default_label(checkpoint: Checkpoint) -> str:
-    """``K=2 atss + faster_rcnn, seed 0, epoch 8``."""
-    heads = " + ".join(checkpoint.detector.head_names)
-    name = f"K={checkpoint.detector.k} {heads}".rstrip()
+def default_label(checkpoint: AnyCheckpoint) -> str:
+    """``K=2 atss + faster_rcnn, seed 0, epoch 8``; weights without a training by their file."""
+    name = label_of_heads(checkpoint.detector.head_names)
+    if isinstance(checkpoint, Weights):
+        return f"{name}, {Path(checkpoint.source).name}"
     return f"{name}, seed {checkpoint.seed}, epoch {checkpoint.epoch}"
+
+
+def label_of_heads(heads: Sequence[str]) -> str:
+    """``K=2 atss + faster_rcnn``."""
+    return f"K={len(heads)} {' + '.join(heads)}".rstrip()
+
+
+def default_labels(checkpoints: Sequence[AnyCheckpoint]) -> list[tuple[str, str]]:
+    """A label for each, no two the same, and what it is one of several of: trainings that differ
+    in the seed alone, at one epoch."""
+    labels = numbered([default_label(checkpoint) for checkpoint in checkpoints])
+    kinds = [
+        (settings_of(one), one.epoch) if isinstance(one, Checkpoint) else None
+        for one in checkpoints
+    ]
+    several = [kind for kind in dict.fromkeys(kinds) if kind and kinds.count(kind) > 1]
+    heads = [checkpoints[kinds.index(kind)].detector.head_names for kind in several]
+    names = [
+        f"{label_of_heads(of_one)}, epoch {epoch}"
+        for of_one, (_, epoch) in zip(heads, several, strict=True)
+    ]
+    groups = dict(zip(several, numbered(names), strict=True))
+    return [
+        (label, groups.get(kind, label) if kind else label)
+        for label, kind in zip(labels, kinds, strict=True)
+    ]
+
+
+def settings_of(checkpoint: Checkpoint) -> str:
+    """What tells a training from others but for the seed: its detector, settings and data."""
+    parts = (without_download(checkpoint.detector), checkpoint.training, checkpoint.data)
+    return str([part.model_dump_json() for part in parts])
+
+
+def numbered(labels: Sequence[str]) -> list[str]:
+    """The labels, with numbers where several are the same."""
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
+        for i, label in enumerate(labels)
+    ]
 
 
 @dataclass
@@ -102,7 +148,8 @@ class Measurement:
 
     Attributes:
         analysis: its name.
-        facts: of detector and data, as plain values: ``k``, ``heads``, ``seed``, ``epoch``, …
+        facts: of detector and data, as plain values: ``k``, ``heads``, …; ``seed`` and ``epoch``
+            of a training.
         numbers: finite, by name; ``a/b`` where there is one for each of several things.
         arrays: of numbers, by name.
     """
@@ -166,7 +213,7 @@ class Analysis(ABC):
         return CATALOGUE[cls.name]
 
     @classmethod
-    def check(cls, checkpoints: Sequence[Checkpoint]) -> None:
+    def check(cls, checkpoints: Sequence[AnyCheckpoint]) -> None:
         """Refuse what cannot be analysed, before anything is computed.
 
         Raises:
@@ -252,11 +299,11 @@ def measure(
         "checkpoint": checkpoint.source,
         "k": checkpoint.detector.k,
         "heads": list(checkpoint.detector.head_names),
-        "seed": checkpoint.seed,
-        "epoch": checkpoint.epoch,
         "images": len(places),
         "objects": int(sum(counts[place] for place in places)),
     }
+    if isinstance(checkpoint, Checkpoint):
+        facts |= {"seed": checkpoint.seed, "epoch": checkpoint.epoch}
     finite = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
     return Measurement(kind.name, subject.label, subject.group, facts, finite, arrays)
 

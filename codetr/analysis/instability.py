@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,40 @@ import torch
 from codetr.analysis.frame import (
     Analysis,
     AnalysisError,
+    AnyCheckpoint,
     Arrays,
     Measurement,
     Numbers,
     Seen,
     Tables,
+    label_of_heads,
+    numbered,
+    settings_of,
 )
-from codetr.analysis.page import image, images_of, table, write_page
-from codetr.checkpoint import Checkpoint, without_download
+from codetr.analysis.page import (
+    image,
+    images_of,
+    line_styles,
+    mean_and_range,
+    seeds_of,
+    table,
+    write_page,
+)
+from codetr.checkpoint import Checkpoint
 from codetr.matching.stability import Instability as Change
 from codetr.matching.stability import Matches, MatchRecorder, instability
-from codetr.plotting import COLOURS, picture
+from codetr.plotting import draw_mean, legend_below, picture
+from codetr.weights import Weights
+
+QUANTITIES = {
+    "changed": "Share of objects with another query",
+    "per_image": "Queries changed per image (DN-DETR)",
+}
+"""What is shown of a :class:`~codetr.matching.stability.Instability`."""
 
 PAPER = (
-    "The paper (figure 5) saw that auxiliary heads and their positive queries make the matching of "
-    "Deformable-DETR change less from epoch to epoch than it does without them."
+    "The paper (section 3.4, figure 5) saw Co-Deformable-DETR match more stably than "
+    "Deformable-DETR while both were trained for 12 epochs on COCO."
 )
 
 
@@ -55,14 +75,15 @@ class Instability(Analysis):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.training = _training(_of_training(self.subject.checkpoint))
         self.by_place: dict[int, tuple[int, list[int]]] = {}
 
     @classmethod
-    def check(cls, checkpoints: Sequence[Checkpoint]) -> None:
-        super().check(checkpoints)
+    def check(cls, checkpoints: Sequence[AnyCheckpoint]) -> None:
         epochs: dict[str, set[int]] = {}
-        for checkpoint in checkpoints:
+        for checkpoint in map(_of_training, checkpoints):
             epochs.setdefault(_training(checkpoint), set()).add(checkpoint.epoch)
+        super().check(checkpoints)
         if all(len(of_one) < 2 for of_one in epochs.values()):
             raise AnalysisError(
                 f"'{cls.name}' compares epochs of one training, and no two of "
@@ -88,23 +109,26 @@ class Instability(Analysis):
         return {"matched": float((matches[:, 1] >= 0).mean())}, {
             "images": np.array(image_ids, dtype=np.int64),
             "matches": matches,
-            "training": np.array(_training(self.subject.checkpoint)),
+            "training": np.array(self.training),
         }
 
     @classmethod
-    def report(
-        cls,
-        measurements: Sequence[Measurement],
-        folder: Path,
-        paper: Tables,  # noqa: ARG003
-    ) -> list[Path]:
+    def report(cls, measurements: Sequence[Measurement], folder: Path, _: Tables) -> list[Path]:
         return report_courses(courses(measurements), images_of(measurements), folder)
 
 
+def _of_training(checkpoint: AnyCheckpoint) -> Checkpoint:
+    if isinstance(checkpoint, Weights):
+        raise AnalysisError(
+            f"{checkpoint.source}: weights without a training, and '{Instability.name}' compares "
+            "epochs of one: give checkpoints of a training"
+        )
+    return checkpoint
+
+
 def _training(checkpoint: Checkpoint) -> str:
-    """What tells one training from others: its detector, settings, data and seed."""
-    parts = (without_download(checkpoint.detector), checkpoint.training, checkpoint.data)
-    return f"{[part.model_dump_json() for part in parts]} {checkpoint.seed}"
+    """What tells one training from others."""
+    return f"{settings_of(checkpoint)} {checkpoint.seed}"
 
 
 def courses(measurements: Sequence[Measurement]) -> list[Course]:
@@ -112,8 +136,12 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
     trainings: dict[str, list[Measurement]] = {}
     for one in measurements:
         trainings.setdefault(str(one.arrays["training"]), []).append(one)
+    settings = [*dict.fromkeys(_without_seed(training) for training in trainings)]
+    heads = {_without_seed(name): some[0].facts["heads"] for name, some in trainings.items()}
+    labels = numbered([label_of_heads(heads[one]) for one in settings])
+    groups = dict(zip(settings, labels, strict=True))
     found = []
-    for some in trainings.values():
+    for training, some in trainings.items():
         ordered = sorted(some, key=lambda one: int(one.facts["epoch"]))
         changes = {}
         for before, after in pairwise(ordered):
@@ -121,10 +149,13 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
             if change is not None and before.facts["epoch"] != after.facts["epoch"]:
                 changes[int(after.facts["epoch"])] = change
         if changes:
-            facts = ordered[-1].facts
-            label = f"K={facts['k']} {' + '.join(facts['heads'])}".rstrip()
-            found.append(Course(f"{label}, seed {facts['seed']}", label, changes))
+            group = groups[_without_seed(training)]
+            found.append(Course(f"{group}, seed {ordered[-1].facts['seed']}", group, changes))
     return found
+
+
+def _without_seed(training: str) -> str:
+    return training.rpartition(" ")[0]
 
 
 def _matches(measurement: Measurement) -> Matches:
@@ -140,22 +171,24 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
     Args:
         about: on what they were looked at, in a sentence.
     """
-    drawn = _draw(found, folder)
-    last = ", ".join(f"{list(c.changes.values())[-1].changed:.1%} ({c.label})" for c in found)
-    rows = [
-        [course.label, epoch, change.changed, change.per_image]
-        for course in found
-        for epoch, change in course.changes.items()
+    groups: dict[str, list[Course]] = {}
+    for course in found:
+        groups.setdefault(course.group, []).append(course)
+    drawn = _draw(groups, folder)
+    last = [
+        f"{fmean([*c.changes.values()][-1].changed for c in some):.1%} ({group})"
+        for group, some in groups.items()
     ]
     page = write_page(
         folder / "instability.md",
         "Instability of one-to-one matching",
-        seen=f"At the end so many objects are matched with another query than before: {last}.",
+        seen=f"At the end so many objects are matched with another query than before: "
+        f"{', '.join(last)}.",
         paper=PAPER,
-        about=about,
+        about=f"{about} {seeds_of(map(len, groups.values()))}".rstrip(),
         blocks=[
             image(drawn, "Instability by epoch"),
-            table(["training", "epoch", "objects changed", "queries changed per image"], rows),
+            *(f"{title}:\n\n{_table(groups, name)}" for name, title in QUANTITIES.items()),
             "Each row compares an epoch with the one evaluated before, on the last decoder layer. "
             "Queries changed per image is DN-DETR's instability: every query counts that is given "
             "another object, or one instead of none. A query of a two-stage detector is known by "
@@ -165,28 +198,35 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
     return [page, drawn]
 
 
-def _draw(found: Sequence[Course], folder: Path) -> Path:
-    path = folder / "instability.png"
-    names = dict.fromkeys(course.group for course in found)
-    colours = dict(zip(names, cycle(COLOURS), strict=False))
-    with picture(path, 1, 2, size=(9, 3.6)) as (_, panels):
-        for axes, name, title in zip(
-            panels[0],
-            ("changed", "per_image"),
-            ("share of objects with another query", "queries changed per image (DN-DETR)"),
-            strict=True,
-        ):
-            labelled: set[str] = set()
-            for course in found:
-                values = [getattr(change, name) for change in course.changes.values()]
-                axes.plot(
-                    [*course.changes], values, marker="o", markersize=3, linewidth=1.4,
-                    color=colours[course.group],
-                    label=None if course.group in labelled else course.group,
-                )  # fmt: skip
-                labelled.add(course.group)
+def _table(groups: Mapping[str, Sequence[Course]], name: str) -> str:
+    """A row for each epoch, a column for each group."""
+    epochs = sorted({epoch for some in groups.values() for c in some for epoch in c.changes})
+    rows = [
+        [
+            epoch,
+            *(
+                mean_and_range(
+                    [getattr(c.changes[epoch], name) for c in some if epoch in c.changes]
+                )
+                for some in groups.values()
+            ),
+        ]
+        for epoch in epochs
+    ]
+    return table(["epoch", *groups], rows)
+
+
+def _draw(groups: Mapping[str, Sequence[Course]], folder: Path) -> Path:
+    path, styles = folder / "instability.png", line_styles(groups)
+    with picture(path, 1, len(QUANTITIES), size=(8.4, 4)) as (figure, panels):
+        for axes, (name, title) in zip(panels[0], QUANTITIES.items(), strict=True):
+            for group, some in groups.items():
+                # The mean only where every seed was evaluated, or it would jump.
+                common = sorted(set.intersection(*(set(course.changes) for course in some)))
+                curves = [[getattr(c.changes[e], name) for e in common] for c in some]
+                draw_mean(axes, common, curves, group, marker="o", markersize=4, **styles[group])
             axes.set(xlabel="epoch", title=title)
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[0, 0].legend(fontsize=8)
+        legend_below(figure, panels[0])
     return path

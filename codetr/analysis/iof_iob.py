@@ -15,8 +15,16 @@ from codetr.analysis.attention import CrossAttention, attention_maps
 from codetr.analysis.discriminability import discriminability
 from codetr.analysis.frame import Analysis, Arrays, Measurement, Numbers, Seen, Tables
 from codetr.analysis.maps import as_fraction, foreground
-from codetr.analysis.page import group_colours, groups, image, images_of, ranking, table, write_page
-from codetr.plotting import picture
+from codetr.analysis.page import (
+    groups,
+    image,
+    images_of,
+    line_styles,
+    number_table,
+    ranking,
+    write_page,
+)
+from codetr.plotting import draw_mean, legend_below, picture
 
 GRID = np.linspace(0, 1, 201)
 """Background shares at which curves are averaged."""
@@ -24,8 +32,9 @@ GRID = np.linspace(0, 1, 201)
 SOURCES = {"encoder": "the encoder's features", "decoder": "the decoder's cross-attention"}
 
 PAPER = (
-    "The paper (figure 2) saw the curve of Deformable-DETR, trained with one-to-one matching only, "
-    "below those of ATSS and of Co-DETR, in the encoder's features and in the decoder's attention."
+    "The paper (section 3.4, figure 2) saw the encoder's curves of ATSS and Co-Deformable-DETR "
+    "above those of Deformable-DETR and Group-DETR, and in the decoder's attention those of "
+    "Group-DETR and Co-Deformable-DETR generally above that of Deformable-DETR."
 )
 
 
@@ -115,14 +124,8 @@ class IofIob(Analysis):
         return numbers, arrays
 
     @classmethod
-    def report(
-        cls,
-        measurements: Sequence[Measurement],
-        folder: Path,
-        paper: Tables,  # noqa: ARG003
-    ) -> list[Path]:
+    def report(cls, measurements: Sequence[Measurement], folder: Path, _: Tables) -> list[Path]:
         drawn = _draw(measurements, folder)
-        names = ("encoder_area", "decoder_area", "attention_outside")
         page = write_page(
             folder / f"{cls.name}.md",
             "Foreground against background (IoF-IoB)",
@@ -132,16 +135,21 @@ class IofIob(Analysis):
             paper=PAPER,
             about=images_of(measurements),
             blocks=[
-                table(
-                    ["detector", "area, encoder", "area, decoder", "attention beyond the image"],
-                    [[m.label, *(m.numbers.get(name) for name in names)] for m in measurements],
+                number_table(
+                    measurements,
+                    {
+                        "area, encoder": "encoder_area",
+                        "area, decoder": "decoder_area",
+                        "attention beyond the image": "attention_outside",
+                    },
                 ),
                 image(drawn, "IoF against IoB"),
                 "Each image's curve varies the threshold over all values of its map, from (0, 0), "
-                "where nothing is above it, to (1, 1), where everything is; shown is the mean over "
-                "the images at equal background share. The area under it is the chance that a "
-                "pixel of an object scores higher than one of the background: 0.5 knows nothing of "
-                "objects, and below it they are darker than the rest. "
+                "where nothing is above it, to (1, 1), where everything is; a thick line is the "
+                "mean over images and seeds at equal background share, a thin one that of a seed. "
+                "The area under it is the chance that a pixel of an object scores higher than one "
+                "of the background: 0.5 knows nothing of objects, and below it they are darker "
+                "than the rest. "
                 "Attention is that of all one-to-one queries, heads and layers together.",
             ],
         )
@@ -149,21 +157,17 @@ class IofIob(Analysis):
 
 
 def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
-    path, colours = folder / f"{IofIob.name}.png", group_colours(measurements)
-    with picture(path, 1, len(SOURCES), size=(8.4, 4)) as (_, panels):
+    path, found = folder / f"{IofIob.name}.png", groups(measurements)
+    styles = line_styles(found)
+    with picture(path, 1, len(SOURCES), size=(8.4, 4.8)) as (figure, panels):
         for axes, (name, title) in zip(panels[0], SOURCES.items(), strict=True):
             axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
-            for group, some in groups(measurements).items():
-                for number, one in enumerate(m for m in some if name in m.arrays):
-                    axes.plot(
-                        np.append(0, one.arrays["background"]),
-                        np.append(0, one.arrays[name]),
-                        color=colours[group],
-                        linewidth=1.4,
-                        label=None if number else group,
-                    )
+            for group, some in found.items():
+                curves = [np.append(0, one.arrays[name]) for one in some if name in one.arrays]
+                if curves:
+                    draw_mean(axes, np.append(0, GRID), curves, group, **styles[group])
             axes.set(xlabel="IoB: background above the threshold", title=title)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         panels[0, 0].set_ylabel("IoF: foreground above the threshold")
-        panels[0, 1].legend(loc="lower right", fontsize=8)
+        legend_below(figure, panels[0])
     return path

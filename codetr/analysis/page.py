@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from codetr.analysis.frame import Measurement, Numbers
+from codetr.analysis.frame import Measurement
 from codetr.plotting import COLOURS
 
 EMPTY = "–"
@@ -36,9 +39,61 @@ def write_page(
 
 
 def images_of(measurements: Sequence[Measurement]) -> str:
-    """On what the detectors were looked at, in a sentence."""
+    """On what the detectors were looked at, and what a table's cell is, in sentences."""
     facts = measurements[0].facts
-    return f"{facts['images']} images with {facts['objects']} objects for each detector."
+    images = f"{facts['images']} images with {facts['objects']} objects for each detector."
+    return f"{images} {seeds_of(map(len, groups(measurements).values()))}".rstrip()
+
+
+def seeds_of(counts: Iterable[int]) -> str:
+    """What :func:`mean_and_range` shows of groups of so many, in a sentence; none for one each."""
+    found = sorted({*counts})
+    if found[-1] == 1:
+        return ""
+    number = f"{found[0]} to {found[-1]}" if len(found) > 1 else found[0]
+    return f"Numbers are means over {number} seeds, with the least and the greatest behind them."
+
+
+def first_of(measurements: Sequence[Measurement]) -> str:
+    """The end of a sentence on a picture that shows one of each group; none where all are one."""
+    some = groups(measurements)
+    if len(some) == len(measurements):
+        return ""
+    seeds = sorted({str(of_one[0].facts.get("seed")) for of_one in some.values()})
+    return f"; of several seeds one is shown, {' or '.join(seeds)}"
+
+
+def heading(name: str) -> str:
+    """A name over a small picture, in lines that are no wider."""
+    return textwrap.fill(name, 18)
+
+
+def mean_and_range(values: Sequence[float]) -> str | None:
+    """``0.6120 (0.5980 to 0.6310)``: mean, least and greatest; one alone as it is; None of none."""
+    if len(values) < 2:
+        return _cell(values[0]) if values else None
+    return f"{fmean(values):#.4g} ({min(values):#.4g} to {max(values):#.4g})"
+
+
+def number_table(measurements: Sequence[Measurement], columns: Mapping[str, str]) -> str:
+    """A row for each group.
+
+    Args:
+        columns: the number of each, by the column's title.
+    """
+    return table(
+        ["detector", *columns],
+        [
+            [group, *(mean_and_range(values_of(some, name)) for name in columns.values())]
+            for group, some in groups(measurements).items()
+        ],
+    )
+
+
+def values_of(measurements: Sequence[Measurement], name: str) -> list[float]:
+    """A number of each; of none of them where it is undefined in one."""
+    found = [one.numbers[name] for one in measurements if name in one.numbers]
+    return found if len(found) == len(measurements) else []
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -66,21 +121,17 @@ def groups(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     return found
 
 
-def group_colours(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """A colour for each group."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups(measurements))}
-
-
-def means(measurements: Sequence[Measurement]) -> Numbers:
-    """Mean of each number that all of them have."""
-    common = [
-        name for name in measurements[0].numbers if all(name in m.numbers for m in measurements)
-    ]
-    return {name: fmean(m.numbers[name] for m in measurements) for name in common}
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How to draw each: by colours, and where these are used up by dashes, too."""
+    styles = cycle(product(("-", "--", ":"), COLOURS))
+    return {
+        name: {"color": colour, "linestyle": dashes}
+        for name, (dashes, colour) in zip(dict.fromkeys(names), styles, strict=False)
+    }
 
 
 def ranking(measurements: Sequence[Measurement], name: str, form: str = ".3f") -> str:
     """``0.612 (K=0), 0.701 (K=1)``: a number's mean in each group that has it."""
-    found = {group: means(some) for group, some in groups(measurements).items()}
-    known = {group: numbers[name] for group, numbers in found.items() if name in numbers}
-    return ", ".join(f"{value:{form}} ({group})" for group, value in known.items()) or "undefined"
+    found = {group: values_of(some, name) for group, some in groups(measurements).items()}
+    known = [f"{fmean(values):{form}} ({group})" for group, values in found.items() if values]
+    return ", ".join(known) or "undefined"

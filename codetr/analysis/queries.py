@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,24 +22,37 @@ from codetr.analysis.frame import (
     Tables,
     shown,
 )
-from codetr.analysis.page import group_colours, groups, image, images_of, means, table, write_page
+from codetr.analysis.page import (
+    groups,
+    image,
+    images_of,
+    mean_and_range,
+    table,
+    values_of,
+    write_page,
+)
 from codetr.boxes import extents, xyxy_to_cxcywh
 from codetr.heads.head import Head
 from codetr.matching.hungarian import Match, hungarian
-from codetr.plotting import COLOURS, picture
+from codetr.plotting import COLOURS, legend_below, picture
 from codetr.queries.selection import QUERY
 from codetr.structures import Positives, Size, Targets
 
 BINS = np.linspace(0, 1, 101)
 """Of distances, in fractions of the image's diagonal."""
 
+KINDS = {"matched": "-", "unmatched": "--"}
+"""Of queries from which distances are taken, and the lines that show them."""
+
 HEAD_COLOURS = {QUERY: "red", "faster_rcnn": "blue", "atss": "orange"}
-"""The paper's; other heads take the next of ours."""
+"""The paper's."""
+OTHER_COLOUR = COLOURS[2]
+"""Of the other heads."""
 
 PAPER = (
-    "The paper (figure 7, supplementary A) saw customised positive queries all over the middle of "
-    "their objects, {per_object} for each object on COCO, close to the query that one-to-one "
-    "matching chooses and far from those that it does not."
+    "The paper (section 4.4, figure 7) saw{per_object} customised positive queries around the "
+    "centre of their objects, on average much further from the negative queries of one-to-one "
+    "matching than from its positive ones."
 )
 
 
@@ -121,14 +135,15 @@ class Queries(Analysis):
 
     @classmethod
     def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
+        heads = [*dict.fromkeys(head for one in measurements for head in one.facts["heads"])]
         places = _draw_places(measurements, folder)
-        histograms = _draw_distances(measurements, folder)
+        histograms = _draw_distances(measurements, heads, folder)
         theirs = paper.get("defaults", {}).get("positive_queries_per_gt", {})
-        rows = _rows(measurements)
-        seen = ", ".join(
-            f"{per_object:.1f} by {head} ({group})" for group, head, per_object, *_ in rows
+        seen = ", ".join(f"{_per_object(measurements, head)} by {head}" for head in heads)
+        ratios = " and ".join(f"{n} ({head})" for head, n in theirs.items())
+        per_object = (
+            ratios and f" {ratios} positives for each object on COCO (supplementary A), and"
         )
-        per_object = " and ".join(f"{n} ({head})" for head, n in theirs.items()) or "many"
         page = write_page(
             folder / f"{cls.name}.md",
             "Where positive queries lie",
@@ -141,7 +156,7 @@ class Queries(Analysis):
                         "detector", "head", "positives per object", "the paper's",
                         "objects without", "distance from matched", "from unmatched",
                     ],
-                    [[g, h, n, theirs.get(h), *rest] for g, h, n, *rest in rows],
+                    [[g, h, n, theirs.get(h), *rest] for g, h, n, *rest in _rows(measurements)],
                 ),
                 image(places, "Matched queries and positives, with their objects"),
                 image(histograms, "Distances of positives from matched and unmatched queries"),
@@ -190,77 +205,85 @@ def query_distances(
     return own.cpu().numpy(), means_.cpu().numpy()
 
 
-def _rows(
-    measurements: Sequence[Measurement],
-) -> list[tuple[str, str, float, float, float | None, float | None]]:
-    rows = []
-    for group, some in groups(measurements).items():
-        numbers = means(some)
-        for head in some[0].facts["heads"]:
-            rows.append(
-                (
-                    group,
-                    head,
-                    numbers[f"positives_per_object/{head}"],
-                    numbers[f"objects_without/{head}"],
-                    numbers.get(f"distance_matched/{head}"),
-                    numbers.get(f"distance_unmatched/{head}"),
-                )
-            )
-    return rows
+def _per_object(measurements: Sequence[Measurement], head: str) -> str:
+    """``8.8``, or ``8.5 to 9.1`` in different detectors."""
+    values = [v for one in measurements for v in values_of([one], f"positives_per_object/{head}")]
+    return " to ".join(dict.fromkeys(f"{end:.1f}" for end in (min(values), max(values))))
+
+
+def _rows(measurements: Sequence[Measurement]) -> list[list[str | None]]:
+    """Group and head, and the numbers of the head there."""
+    names = ("positives_per_object", "objects_without", "distance_matched", "distance_unmatched")
+    return [
+        [group, head, *(mean_and_range(values_of(some, f"{name}/{head}")) for name in names)]
+        for group, some in groups(measurements).items()
+        for head in some[0].facts["heads"]
+    ]
 
 
 def _draw_places(measurements: Sequence[Measurement], folder: Path) -> Path:
-    """Images of the group with most heads; matched queries and positives with their objects."""
+    """Of a detector with most heads: a row for each, an image in each column."""
     chosen = max(measurements, key=lambda one: len(one.facts["heads"]))
-    names = [QUERY, *chosen.facts["heads"]]
-    others = iter(COLOURS[2:])
-    colours = {name: HEAD_COLOURS.get(name) or next(others) for name in names}
+    heads = chosen.facts["heads"]
     indices = sorted(int(n.split("/")[1]) for n in chosen.arrays if n.startswith("image/"))
-    path = folder / "queries.png"
-    size = (3.2 * len(indices), 3.9)
-    with picture(path, 1, len(indices), size=size, axes_grid=False) as (figure, panels):
-        for axes, index in zip(panels[0], indices, strict=True):
-            axes.imshow(chosen.arrays[f"image/{index}"], alpha=0.85)
-            for left, top, right, bottom in chosen.arrays[f"boxes/{index}"]:
-                axes.plot(
-                    [left, right, right, left, left], [top, top, bottom, bottom, top],
-                    color="white", linewidth=1.5,
-                )  # fmt: skip
-            for name in reversed(names):
-                x, y = chosen.arrays[f"points/{index}/{name}"].T
-                is_query = name == QUERY
+    path, side = folder / "queries.png", 2.1
+    size = (side * len(indices) + 0.4, side * len(heads) + 0.7)
+    with picture(path, len(heads), len(indices), size=size, axes_grid=False) as (figure, panels):
+        for row, head in zip(panels, heads, strict=True):
+            for axes, index in zip(row, indices, strict=True):
+                draw_objects(axes, chosen, index)
+                x, y = chosen.arrays[f"points/{index}/{head}"].T
+                colour = HEAD_COLOURS.get(head, OTHER_COLOUR)
+                axes.scatter(x, y, s=18, color=colour, edgecolors="white", linewidths=0.4)
+                x, y = chosen.arrays[f"points/{index}/{QUERY}"].T
                 axes.scatter(
-                    x, y, s=60 if is_query else 14, color=colours[name], label=name,
-                    marker="*" if is_query else "o", linewidths=0, alpha=1 if is_query else 0.7,
+                    x, y, s=80, marker="*", color=HEAD_COLOURS[QUERY], edgecolors="white",
+                    linewidths=0.5, label="matched queries",
                 )  # fmt: skip
-            axes.axis("off")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.suptitle(chosen.group, fontsize=9)
-        figure.legend(
-            handles[::-1], labels[::-1], loc="outside lower center", ncols=len(names), fontsize=9
-        )
+            row[0].set_ylabel(f"positives of {head}", fontsize=9)
+        figure.suptitle(chosen.label, fontsize=9)
+        legend_below(figure, panels.flat)
     return path
 
 
-def _draw_distances(measurements: Sequence[Measurement], folder: Path) -> Path:
-    """The distribution of distances, a panel for each head."""
-    heads = [*dict.fromkeys(head for one in measurements for head in one.facts["heads"])]
-    colours = group_colours(measurements)
-    path = folder / "queries_distances.png"
-    with picture(path, 1, len(heads), size=(4.2 * len(heads), 3.4)) as (_, panels):
-        for axes, head in zip(panels[0], heads, strict=True):
-            for group, some in groups(measurements).items():
-                for kind, style in (("matched", "-"), ("unmatched", "--")):
-                    counts = sum(
-                        one.arrays[f"{kind}/{head}"] for one in some if head in one.facts["heads"]
-                    )
-                    if np.sum(counts):
-                        axes.stairs(
-                            counts / np.sum(counts), BINS, color=colours[group], linestyle=style,
-                            label=f"{group}: {kind}",
-                        )  # fmt: skip
-            axes.set(xlabel="distance / diagonal", title=f"positives of {head}")
-            axes.legend(fontsize=7)
-        panels[0, 0].set_ylabel("share")
+def draw_objects(axes: Any, measurement: Measurement, index: int) -> None:
+    """An example with its objects' boxes, which are seen on dark and on light."""
+    image_ = measurement.arrays[f"image/{index}"]
+    height, width = image_.shape[:2]
+    axes.imshow(image_, extent=(0, width, height, 0))
+    for left, top, right, bottom in measurement.arrays[f"boxes/{index}"]:
+        outline = [left, right, right, left, left], [top, top, bottom, bottom, top]
+        for colour, thickness in (("black", 2.4), ("white", 1.2)):
+            axes.plot(*outline, color=colour, linewidth=thickness)
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    axes.spines[:].set_visible(False)
+
+
+def _draw_distances(
+    measurements: Sequence[Measurement], heads: Sequence[str], folder: Path
+) -> Path:
+    """The distribution of distances over all seeds of a group, a panel for each head."""
+    found = groups(measurements)
+    colours = dict(zip(found, cycle(COLOURS), strict=False))
+    path, columns = folder / "queries_distances.png", min(3, len(heads))
+    rows = -(-len(heads) // columns)
+    size = (max(4.2, 3.2 * columns), 2.8 * rows + 0.6)
+    with picture(path, rows, columns, size=size, font_size=9) as (figure, panels):
+        for axes in panels.flat[len(heads) :]:
+            axes.axis("off")
+        for axes, head in zip(panels.flat, heads, strict=False):
+            for group, some in found.items():
+                for kind, style in KINDS.items():
+                    counts = np.sum([m.arrays.get(f"{kind}/{head}", 0 * BINS[1:]) for m in some], 0)
+                    if counts.any():
+                        shares = counts / counts.sum()
+                        axes.stairs(shares, BINS, color=colours[group], linestyle=style)
+            axes.set(xlabel="distance / diagonal", title=f"positives of {head}", xlim=(0, 1))
+        for axes in panels[:, 0]:
+            axes.set_ylabel("share")
+        for group, colour in colours.items():
+            panels[0, 0].plot([], [], color=colour, label=group)
+        for kind, style in KINDS.items():
+            panels[0, 0].plot([], [], color="0.4", linestyle=style, label=f"{kind} queries")
+        legend_below(figure, panels.flat)
     return path

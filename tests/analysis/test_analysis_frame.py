@@ -20,6 +20,7 @@ from codetr.analysis.frame import (
     Measurement,
     Subject,
     default_label,
+    default_labels,
     measure,
     object_counts,
     spread,
@@ -28,6 +29,7 @@ from codetr.analysis.instability import Instability, courses
 from codetr.data import Classes, DataError, open_dataset
 from codetr.data.digits import make_digits
 from codetr.matching.stability import instability
+from codetr.weights import Weights
 from orchestrator.experiment import paper_tables
 
 SIZES = [(48, 64), (64, 48), (48, 64), (48, 64), (40, 72), (64, 48), (48, 64)]
@@ -128,8 +130,18 @@ def test_instability_compares_epochs_of_one_training(data, tmp_path) -> None:
         for n in (1, 3)
     ]
     assert first.changes[2] == instability(*rows)
+    assert first.group == second.group == "K=1 atss"
+    for arrays in (found[2].arrays, found[4].arrays):  # seed 8 with other settings
+        arrays["training"] = np.array(f"other {arrays['training']}")
+    assert [course.group for course in courses(found)] == ["K=1 atss (1)", "K=1 atss (2)"]
+    for arrays in (found[2].arrays, found[4].arrays):
+        arrays["training"] = np.array(str(arrays["training"]).removeprefix("other "))
     page, picture = Instability.report(found, tmp_path, {})
-    assert page.read_text().count("| K=1 atss") == 3
+    rows = re.findall(r"^\| (\d) \| (\S+)( \(\S+ to \S+\))? \|$", page.read_text(), re.MULTILINE)
+    shares, queries = rows[:2], rows[2:]
+    means = (first.changes[2].changed + second.changes[2].changed) / 2, first.changes[3].changed
+    assert [float(value) for _, value, _ in shares] == pytest.approx(means, rel=1e-3)
+    assert [(epoch, bool(ends)) for epoch, _, ends in queries] == [("2", True), ("3", False)]
     assert picture.exists()
 
 
@@ -156,6 +168,23 @@ def test_checkpoints_that_are_no_two_epochs() -> None:
         Instability.check([one, one])
 
 
+def test_weights_without_a_training(data) -> None:
+    """They say what their checkpoint says, but nothing of epochs."""
+    checkpoint = replace(checkpoint_of(tiny_detector("atss")), source="there/w.safetensors")
+    weights = Weights.of(checkpoint)
+    analysis("conflicts").check([weights])
+    found, before = (
+        measure(analysis("conflicts"), Subject.of(one, torch.device("cpu")), data)
+        for one in (weights, checkpoint)
+    )
+    assert found.numbers == before.numbers
+    assert found.label == "K=1 atss, w.safetensors"
+    assert before.facts == {**found.facts, "seed": 7, "epoch": 1}
+    for several in ([weights], [checkpoint, weights]):
+        with pytest.raises(AnalysisError, match=r"^there/w\.safetensors: weights without a train"):
+            Instability.check(several)
+
+
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_data_without_objects(name, detectors, tmp_path) -> None:
     empty = dataset(tmp_path, [(48, 64)] * 2, empty=(0, 1))
@@ -179,6 +208,25 @@ def test_facts_and_labels(alone) -> None:
     assert (found.facts["k"], found.facts["images"], found.facts["objects"]) == (2, 7, 12)
     json.dumps(found.facts)
     assert default_label(checkpoint_of(tiny_detector())) == "K=0, seed 7, epoch 1"
+
+
+def test_trainings_that_differ_in_the_seed_alone_are_one_group() -> None:
+    one, two = (checkpoint_of(tiny_detector("atss"), seed=s) for s in (7, 8))
+    later = replace(one, epoch=2)
+    slower = replace(one, training=one.training.model_copy(update={"batch_size": 3}))
+    weights = [Weights.of(replace(one, source="w")), Weights.of(replace(two, source="w"))]
+    labels = default_labels([one, two, later, slower, replace(slower, seed=9), *weights])
+    first, second = "K=1 atss, epoch 1 (1)", "K=1 atss, epoch 1 (2)"
+    assert labels == [
+        ("K=1 atss, seed 7, epoch 1 (1)", first),
+        ("K=1 atss, seed 8, epoch 1", first),
+        ("K=1 atss, seed 7, epoch 2", "K=1 atss, seed 7, epoch 2"),
+        ("K=1 atss, seed 7, epoch 1 (2)", second),
+        ("K=1 atss, seed 9, epoch 1", second),
+        ("K=1 atss, w (1)", "K=1 atss, w (1)"),
+        ("K=1 atss, w (2)", "K=1 atss, w (2)"),
+    ]
+    assert default_labels([one, later])[0] == 2 * ("K=1 atss, seed 7, epoch 1",)
 
 
 def test_objects_are_counted_without_crowds(data) -> None:

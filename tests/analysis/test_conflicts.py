@@ -13,14 +13,16 @@ from scipy.stats import entropy
 from tiny_training import tiny_detector
 
 from codetr.analysis.conflicts import (
+    FIGURES,
     Conflicts,
     as_distribution,
     distances,
     divergence,
     head_distances,
+    mean_matrices,
     paper_conflict,
 )
-from codetr.analysis.frame import AnalysisError, Subject, measure
+from codetr.analysis.frame import AnalysisError, Measurement, Subject, measure
 from orchestrator.experiment import paper_tables
 
 MATRICES = st.integers(2, 6).flatmap(lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 5)))
@@ -118,3 +120,68 @@ def test_single_zero_maps(tmp_path) -> None:
     assert numbers["kl/query/atss"] == pytest.approx((divergence(a, b) + divergence(b, a)) / 2)
     assert numbers["kl/query/faster_rcnn"] == 0
     assert numbers["kl/faster_rcnn/atss"] == pytest.approx(divergence(a, b))
+
+
+# ----------------------------------------------------------------------------- beside the paper
+
+
+def measured(heads: list[str], matrix, seed: int = 0) -> Measurement:
+    """A detector whose heads are so far apart, with a picture of two pixels."""
+    cams = {f"cam/0/{name}": np.eye(2) for name in ["query", *heads]}
+    arrays_ = {"matrix": np.array(matrix), "image/0": np.zeros((2, 2, 3), np.uint8), **cams}
+    own = head_distances(arrays_["matrix"])
+    numbers = {f"distance/{name}": float(v) for name, v in zip(heads, own, strict=True)}
+    numbers |= {"conflict": float(own.mean()), "from_all/query": float(distances(matrix)[0])}
+    numbers["images_without_objects"] = 0
+    facts = {"k": len(heads), "heads": heads, "seed": seed, "images": 1, "objects": 1}
+    group = f"K={len(heads)}"
+    return Measurement("conflicts", f"{group}, seed {seed}", group, facts, numbers, arrays_)
+
+
+OURS = ["atss", "faster_rcnn", "paa", "retinanet", "fcos", "gfl"]
+"""The six heads, in another order than the paper's."""
+
+
+def papers_in_our_order():
+    paper = paper_tables()["figure9_conflict_k6"]
+    places = [0, *(paper["order"].index(name) for name in OURS)]
+    return np.array(paper["matrix"])[np.ix_(places, places)]
+
+
+def test_matrices_are_means_over_seeds_in_the_papers_order() -> None:
+    matrix = papers_in_our_order()
+    seeds = [measured(OURS, factor * matrix, seed) for seed, factor in enumerate((1, 2, 6))]
+    other = measured(["atss", "paa"], np.ones((3, 3)))  # the paper's figure 8 is of other heads
+    mine, two, theirs = mean_matrices([*seeds, other], paper_tables())
+    assert (mine.papers, two.papers, theirs.papers) == (False, False, True)
+    assert mine.names == theirs.names
+    assert [*theirs.names[1:]] == paper_tables()["figure9_conflict_k6"]["order"][1:]
+    np.testing.assert_allclose(mine.values, 3 * theirs.values)
+    assert two.names == ["query", "atss", "paa"]
+
+
+@pytest.mark.parametrize(("sign", "rank"), [(1, "+1.00"), (-1, "-1.00")])
+def test_the_page_ranks_pairs_beside_the_papers(tmp_path, sign: int, rank: str) -> None:
+    """Its own order of the pairs, and the reverse of it."""
+    matrix = sign * papers_in_our_order() + 1.0 * ~np.eye(7, dtype=bool)
+    several = [measured(OURS, matrix, 0), measured(OURS, matrix, 1)]
+    page, *pictures = Conflicts.report(several, tmp_path, paper_tables())
+    text = page.read_text()
+    assert f"{rank} over 42 ordered pairs (K=6)" in text
+    assert [path.name for path in pictures] == ["conflicts_k6.png", "conflicts_maps.png"]
+    assert "Numbers are means over 2 seeds" in text
+    assert text.count("the paper, K = ") == len(FIGURES)
+    row = next(line for line in text.splitlines() if line.startswith("| the paper, K = 6"))
+    cells = dict(zip(["", *OURS, "mean", "query"], row.strip("| ").split(" | "), strict=True))
+    wanted = head_distances(papers_in_our_order())
+    assert {n: float(cells[n]) for n in OURS} == pytest.approx(
+        dict(zip(OURS, wanted, strict=True)), rel=1e-3
+    )
+    assert float(cells["mean"]) == pytest.approx(paper_conflict(paper_tables())[6], rel=1e-3)
+
+
+def test_without_the_papers_heads_or_an_order_nothing_is_said(tmp_path) -> None:
+    same = 1.0 - np.eye(7)
+    for one in (measured(OURS, same), measured(["paa"], np.ones((2, 2)))):
+        page, *_ = Conflicts.report([one], tmp_path, paper_tables())
+        assert "rank correlation" not in page.read_text()

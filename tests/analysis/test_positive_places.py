@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 from analysis_samples import BOTH, dataset, subject
+from matplotlib.figure import Figure
 from tiny_training import tiny_batch
 
 from codetr.analysis.frame import measure
-from codetr.analysis.queries import Queries, assigned_objects, positive_centres, query_distances
+from codetr.analysis.queries import (
+    Queries,
+    assigned_objects,
+    draw_objects,
+    positive_centres,
+    query_distances,
+)
 from codetr.boxes import xyxy_to_cxcywh
 from codetr.structures import Positives, Targets
 
@@ -90,3 +97,15 @@ def test_examples_are_in_the_pixels_of_their_picture(tmp_path) -> None:
     centres = xyxy_to_cxcywh(targets.boxes)[:, :2]
     nearest = torch.cdist(torch.from_numpy(found["points/0/atss"]), centres).min(1).values
     assert float(nearest.max()) < 24
+
+
+def test_objects_are_drawn_in_the_images_own_pixels(tmp_path) -> None:
+    """A box from edge to edge frames the picture; what lies beyond is cut off."""
+    found = measure(Queries, subject("atss"), dataset(tmp_path, [(48, 64)]))
+    found.arrays["boxes/0"] = np.array([[0.0, 0, 64, 48], [-5, -5, 90, 90]])
+    axes = Figure().subplots()
+    draw_objects(axes, found, 0)
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 64), (48, 0))
+    assert axes.images[0].get_extent() == [0, 64, 48, 0]
+    frame = axes.lines[0].get_xydata()
+    assert (frame.min(0).tolist(), frame.max(0).tolist()) == ([0, 0], [64, 48])

@@ -17,11 +17,13 @@ from codetr.analysis.frame import Measurement
 from codetr.checkpoint import save_checkpoint
 from codetr.config import ConfigError
 from codetr.data import open_dataset
+from codetr.zoo.files import convert
 from orchestrator import analyses, cli
 from orchestrator.analyses import Analyses, Look, courses, measure_trial, possible_looks
-from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of
+from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of, quantities
+from orchestrator.experiment import load_experiment
 from orchestrator.interrupt import Interrupts
-from orchestrator.plan import make_plan
+from orchestrator.plan import Options, make_plan
 
 ONE_PASS = ("discriminability", "iof-iob", "conflicts", "queries")
 
@@ -215,9 +217,10 @@ def test_pages_of_a_run(plan):
     overview = files[0].read_text()
     assert "**Failed:** the page of conflicts: KeyError" in overview
     assert "(instability.md)" in overview
-    assert "| K=0 | 0 | 10.5 | – | 0.8 |" in overview
-    assert "| K=2 ATSS + Faster R-CNN | 2 | 30.5 | 0.5 | 0.8 |" in overview
-    assert "| K=1 ATSS, seed 1 | 4 | 0.25 | 2 |" in files[2].read_text()
+    assert "| K=0 | 0 | 10.50 (10.00 to 11.00) | – | 0.8000 (0.8000 to 0.8000) |" in overview
+    assert "| K=2 ATSS + Faster R-CNN | 2 | 30.50 (30.00 to 31.00) | 0.5000 (0.5" in overview
+    assert "Numbers are means over 2 seeds" in overview
+    assert "| 4 | 0.2500 (0.2500 to 0.2500) | 0.2500 (0" in files[2].read_text()
     assert at_end.write(replace(plan, analyses=()), results) == []
 
 
@@ -234,7 +237,7 @@ def test_against_k(plan, tmp_path):
     ap = points_of(Quantity("AP"), results, [])
     assert ap[2] == Point("K=1 ATSS", 1, 20.0)
     looks = [Look("conflicts", result.trial, "x") for result in results]
-    quantity = Quantity("c", "conflicts", "conflict", {2: 0.006, 6: 0.008})
+    quantity = Quantity("c", "conflicts", "conflict", [(2, 0.006), (6, 0.008)])
     found = points_of(quantity, results, [fake_measurement(look) for look in looks])
     assert found[-1] == Point("K=2 ATSS + Faster R-CNN", 2, 0.5)
     twins = [replace(point, arm=f"{point.arm}'") for point in ap]
@@ -242,12 +245,20 @@ def test_against_k(plan, tmp_path):
     assert path.stat().st_size > 1000
 
 
+def test_the_paper_has_a_value_for_each_arm_of_a_k(tmp_path):
+    """Table 7 has two arms of K = 2; a seed more is no arm more."""
+    options = Options(output=tmp_path, profile="laptop", seeds=(0, 1))
+    ap, conflict, *_ = quantities(make_plan(load_experiment("ablation-k-to-6"), options))
+    assert [*ap.paper] == [(0, 47.1), (1, 48.7), (2, 49.0), (2, 49.5), (3, 49.5), (6, 48.9)]
+    assert [k for k, _ in conflict.paper] == [2, 6]
+
+
 # --------------------------------------------------------------------------------------- for real
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, coco_folder):
-    """K = 0 of two epochs and K = 1, of the data's classes."""
+    """K = 0 of two epochs and K = 1, of the data's classes; and as weights without a training."""
     folder = tmp_path_factory.mktemp("checkpoints")
     written = {}
     for name, heads, epoch in (("k0", (), 1), ("k0-2", (), 2), ("k1", ("atss",), 1)):
@@ -260,6 +271,9 @@ def checkpoints(tmp_path_factory, coco_folder):
         state.epoch = epoch
         written[name] = folder / f"{name}.pt"
         save_checkpoint(state.checkpoint(), written[name])
+    for name in ("k0", "k1"):
+        written[f"{name}w"] = folder / f"{name}.safetensors"
+        convert(written[name], written[f"{name}w"])
     return written
 
 
@@ -304,7 +318,13 @@ def test_a_trial_is_measured_as_a_task_does(checkpoints, plan, coco_folder):
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [("iof-iob", ("k0", "k1")), ("instability", ("k0-2", "k0")), ("queries", ("k1",))],
+    [
+        ("iof-iob", ("k0", "k1")),
+        ("discriminability", ("k0w", "k1")),
+        ("conflicts", ("k1w",)),
+        ("instability", ("k0-2", "k0")),
+        ("queries", ("k1",)),
+    ],
 )
 def test_command(analyze, tmp_path, name, given):
     code, out, err = analyze(name, *given)
@@ -314,6 +334,23 @@ def test_command(analyze, tmp_path, name, given):
     assert all((tmp_path / "out" / path).exists() for path in written)
     numbers = json.loads((tmp_path / "out" / "1" / f"{name}.json").read_text())
     assert numbers["facts"]["images"] == 4
+
+
+def test_weights_tell_what_their_checkpoint_tells(analyze, tmp_path):
+    code, _, err = analyze("queries", "k1", "k1w")
+    assert code == 0, err
+    first, second = (json.loads((tmp_path / "out" / n / "queries.json").read_text()) for n in "12")
+    assert first["numbers"] == second["numbers"]
+    assert second["label"] == "K=1 atss, k1.safetensors"
+    assert "epoch" not in second["facts"]
+
+
+def test_weights_by_url(command, checkpoints, coco_folder, tmp_path):
+    where = ("--data", coco_folder, "--output", tmp_path / "out")
+    code, _, err = command("analyze", "discriminability", f"file://{checkpoints['k0w']}", *where)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "1" / "discriminability.json").read_text())
+    assert found["facts"]["checkpoint"] == f"file://{checkpoints['k0w']}"
 
 
 def test_the_block_in_the_docs(checkpoints, capsys):
@@ -335,6 +372,9 @@ def test_list(command):
         (("conflict", "k1"), "no analysis 'conflict'; did you mean 'conflicts'?"),
         (("conflicts", "k1", "k0"), "k0.pt: has no auxiliary head (K = 0), and 'conflicts'"),
         (("queries", "k0"), "k0.pt: has no auxiliary head"),
+        (("queries", "k1w", "k0w"), "k0.safetensors: has no auxiliary head (K = 0)"),
+        (("instability", "k0w"), "k0.safetensors: weights without a training, and 'instability'"),
+        (("instability", "k0", "k0-2", "k0w"), "k0.safetensors: weights without a training"),
         (("instability", "k0"), "give at least 2 of them"),
         (("instability", "k0", "k1"), "compares epochs of one training"),
         (("iof-iob", "none"), "cannot read"),
@@ -351,21 +391,22 @@ def test_bad_input(analyze, tmp_path, arguments, text):
 
 def test_other_classes_and_no_objects(command, checkpoints, coco_folder, tmp_path):
     annotations = coco_folder / "annotations" / "instances_val.json"
-    for number, change in enumerate(("classes", "objects")):
+    cases = (("classes", "k0"), ("objects", "k0"), ("classes", "k0w"))
+    for number, (change, given) in enumerate(cases):
         content = json.loads(annotations.read_text())
         if change == "classes":
             content["categories"][0]["name"] = "cow"
         else:
             content["annotations"] = []
-        folder = tmp_path / change
+        folder = tmp_path / f"{change}-{number}"
         (folder / "annotations").mkdir(parents=True)
         (folder / "val").symlink_to(coco_folder / "val")
         (folder / "annotations" / "instances_val.json").write_text(json.dumps(content))
         code, _, err = command(
-            "analyze", "discriminability", checkpoints["k0"], "--data", folder,
+            "analyze", "discriminability", checkpoints[given], "--data", folder,
             "--output", tmp_path / "out",
         )  # fmt: skip
         assert code == 2
         assert err.count("\n") == 1
-        assert ("classes differ", "no object in 4 images")[number] in err
+        assert ("no object in 4 images" if change == "objects" else "classes differ") in err
         assert not (tmp_path / "out").exists()
