@@ -55,8 +55,8 @@ class FederatedClasses(nn.Module):
             )
         # A race: the first of independent exponential arrivals, each class at the rate of its
         # weight, are a weighted draw without replacement. Classes with an object start at zero.
-        noise = [self._exponential(t) for t in targets]
-        arrivals = torch.stack(noise).to(self.weights.device) / self.weights
+        noise = torch.stack([self._exponential(t) for t in targets])
+        arrivals = noise.to(self.weights.device, non_blocking=True) / self.weights
         for row, t in zip(arrivals, targets, strict=True):
             row[t.labels] = 0.0
         count = min(self.config.classes, arrivals.shape[1])

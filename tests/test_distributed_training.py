@@ -51,6 +51,10 @@ CASES["K = 2, a pass for each group"] = (
     tiny_detector(*K2, kind="dn", positive_queries={"decoder_passes": "per_head"}),
     OBJECTS["rank 0 alone"],
 )
+CASES["K = 2, DINO, federated loss"] = (
+    tiny_detector(*K2, dino=True, query_loss={"federated": {"enabled": True, "classes": 2}}),
+    OBJECTS["rank 0 alone"],
+)
 
 
 def share(batch):

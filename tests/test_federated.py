@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import CLASSES, tiny_batch, tiny_detector, tiny_training
+from torch.profiler import ProfilerActivity, profile
 
 from codetr.config import DataConfig, FederatedLossConfig
 from codetr.criterion import box_losses, encoder_losses
@@ -74,6 +75,16 @@ def test_an_image_draws_for_itself() -> None:
     assert len({tuple(row.tolist()) for row in together}) == 6
     assert torch.equal(torch.cat([federated([t]) for t in images]), together)
     assert torch.equal(federated(images[::-1]), together.flip(0))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """No shape depends on values, and Python reads none; see test_synchronisations."""
+    federated = drawing([5] * 40, classes=10)
+    with profile(activities=[ProfilerActivity.CPU]) as measured:
+        federated([having([1, 2]), having([])])
+    names = {event.name for event in measured.events()}
+    assert "aten::kthvalue" in names
+    assert not names & {"aten::nonzero", "aten::_local_scalar_dense", "aten::_unique2"}
 
 
 def test_frequencies_must_be_known() -> None:

@@ -143,6 +143,7 @@ def start(detector: DetectorConfig, training: TrainingConfig, steps: int) -> Tra
         seed=7,
         steps_per_epoch=steps,
         device=torch.device("cpu"),
+        class_images=(5, 50, 500),
     )
 
 
