@@ -297,6 +297,18 @@ class DetectorConfig(Strict):
     max_detections: PositiveInt = 100
     soft_nms: SoftNmsConfig = SoftNmsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _k_agrees(cls, data: Any) -> Any:
+        """K is counted, not set; who states it beside the heads must not contradict them."""
+        if not isinstance(data, dict) or "k" not in data:
+            return data
+        heads = data.get("heads", ())
+        count = len(heads) if isinstance(heads, (list, tuple)) else 0
+        if data["k"] != count:
+            raise ValueError(f"k={data['k']} disagrees with 'heads', of which there are {count}")
+        return {key: value for key, value in data.items() if key != "k"}
+
     @field_validator("backbone", mode="before")
     @classmethod
     def _backbone_by_name(cls, backbone: Any) -> Any:
@@ -317,6 +329,8 @@ class DetectorConfig(Strict):
         named = [{"type": head} if isinstance(head, str) else head for head in heads]
         for head in named:
             kind = head.get("type") if isinstance(head, dict) else getattr(head, "type", head)
+            if kind is None:
+                raise ValueError("a head without 'type': say which, for example {type: atss}")
             if kind not in HEAD_TYPES:
                 raise ValueError(f"unknown head '{kind}'; {nearest(str(kind), [*HEAD_TYPES])}")
         return named

@@ -274,6 +274,7 @@ def _trials(
             training=training,
             data=data,
             facts=facts,
+    _require_k(experiment, arm, detector)
             schedule=schedule,
             paper_ap=paper_ap(experiment, arm),
         )
@@ -293,6 +294,16 @@ def _configure(
         detector = parse(DetectorConfig, whole, f"{source}: detector")
         training = parse(TrainingConfig, merged["training"], f"{source}: training")
         data = parse(DataConfig, merged["data"], f"{source}: data")
+def _require_k(experiment: Experiment, arm: str, detector: DetectorConfig) -> None:
+    """See that the paper's row that is to stand beside the arm is of as many heads."""
+    k = (experiment.arms[arm].paper or {}).get("k", detector.k)
+    if k != detector.k:
+        raise ConfigError(
+            f"{experiment.file}: arms.{arm}: paper.k={k} disagrees with its detector.heads, of "
+            f"which there are {detector.k}"
+        )
+
+
     training.require_fitting(detector)
     return detector, training, data
 
