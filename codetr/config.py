@@ -505,6 +505,8 @@ class TrainingConfig(Strict):
     """auto: bf16 on a GPU that supports it, else fp32."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    evaluate_branches: bool = False
+    """After the last epoch each auxiliary head is also evaluated on its own (table 11)."""
     accumulate: PositiveInt = 1
     """Parts in which each worker computes its share of a batch: a fraction of the memory, twice the
     forward passes, the same gradients. At most the worker's images, if given more."""
