@@ -45,6 +45,8 @@ from codetr.head_config import (
     RcnnConfig,
     RetinaNetConfig,
     RpnConfig,
+    SquareAnchorConfig,
+    TwoStageConfig,
 )
 from codetr.strict import ConfigError, Strict, nearest
 
@@ -68,8 +70,10 @@ __all__ = [
     "ResNetConfig",
     "RetinaNetConfig",
     "RpnConfig",
+    "SquareAnchorConfig",
     "Strict",
     "SwinConfig",
+    "TwoStageConfig",
     "VitConfig",
     "nearest",
 ]
