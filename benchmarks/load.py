@@ -1,11 +1,12 @@
 """Many short trials through the runner, or through Ray Tune: does each arrive once?
 
-    python benchmarks/load.py run|sweep [--trials 500] [--out benchmarks/results]
+    python benchmarks/load.py run|sweep [--trials 500] [--at-a-time 4] [--out benchmarks/results]
 
 Real Ray, Ray Train and MLflow (SQLite); only the training is pretended: each trial is a Ray Train
-job that saves and reports two epochs at once. Afterwards MLflow must hold one finished run for
-each trial, with each epoch once. The result is a dated JSON file with trials per minute and with
-the memory of the driver and of its foreman while trials went by.
+job that saves and reports two epochs at once. It needs no core of its own, so Ray is told of more
+cores than there are, lest the machine wait for processes to start. Afterwards MLflow must hold one
+finished run for each trial, with each epoch once. The result is a dated JSON file with trials per
+minute and with the memory of the driver and of its foreman while trials went by.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import psutil
 from rich.console import Console
 
 from codetr.data.digits import make_digits
+from orchestrator import cluster
 from orchestrator.console import PlainView
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, Trial, make_plan
@@ -140,7 +142,9 @@ def main() -> int:
     options = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         os.chdir(folder)
+        cluster.local_cpus = lambda: options.at_a_time
         report = load(options.through, options.trials, Path(folder))
+    report["at_a_time"] = options.at_a_time
     report["environment"] = environment(LIBRARIES)
     print(report)
     print(f"written to {write_result(f'load-{options.through}', report, options.out)}")
@@ -151,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("through", choices=["run", "sweep"])
     parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--at-a-time", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from codetr.augmentation_config import CopyPasteConfig, JitterConfig
 from codetr.backbone_config import (
     BACKBONE_NAMES,
     BackboneConfig,
@@ -58,10 +59,12 @@ __all__ = [
     "AtssConfig",
     "BackboneConfig",
     "ConfigError",
+    "CopyPasteConfig",
     "FasterRcnnConfig",
     "FcosConfig",
     "GflConfig",
     "HeadConfig",
+    "JitterConfig",
     "MaskConfig",
     "MaskRcnnConfig",
     "OneStageConfig",
@@ -231,12 +234,28 @@ class BoxLossConfig(Strict):
         return {term: getattr(self, term) for term in BoxLossConfig.model_fields}
 
 
+class FederatedLossConfig(Strict):
+    """Federated loss (CenterNet2): for each image, only so many classes have a
+    classification loss: those of its objects, and others at random. Where images are annotated for
+    some classes alone, as LVIS's, and where few images have a class, most of the rest would only
+    teach that there is none of it. It holds for all queries and the encoder's proposals, as the
+    original has one classification loss for them; auxiliary heads keep theirs."""
+
+    enabled: bool = False
+    classes: PositiveInt = 50
+    """Classes for each image, those of its objects included; more, if its objects have more."""
+    power: NonNegativeFloat = 0.5
+    """The others are drawn with a probability proportional to their number of training images to
+    this power."""
+
+
 class QueryLossConfig(BoxLossConfig):
     """The losses of the decoder's queries, and of the encoder's proposals (method.md 34)."""
 
     classification: Literal["focal", "quality_focal"] = "focal"
     """``quality_focal``: the target of the right class is the IoU of the predicted box (GFL,
     equation 2); Co-DINO, where ``cls`` is 1."""
+    federated: FederatedLossConfig = FederatedLossConfig()
 
 
 class PositiveQueryConfig(Strict):
@@ -544,12 +563,32 @@ class DataConfig(Strict):
     """Half of the images: resize to 400-600, crop 384-600, then resize (DETR's augmentation).
     Part of the resizing: without ``short_sides`` there is neither."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    jitter: JitterConfig = JitterConfig()
+    copy_paste: CopyPasteConfig = CopyPasteConfig()
+    repeat_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Images with a class that less than this share of the training images has are seen more often
+    than others (LVIS, appendix B.2; 0.001 there). An epoch is as long as without. 0: once each."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     skip_bad: bool = False
     """Train without images whose file or annotations are broken, and report how many."""
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes the metrics."""
+
+    @model_validator(mode="after")
+    def _has_a_canvas(self) -> Self:
+        if not self.copy_paste.enabled:
+            return self
+        if not self.jitter.enabled:
+            raise ValueError(
+                "copy_paste needs the canvas of large-scale jitter: set jitter.enabled=true"
+            )
+        if self.jitter.padding_mask:
+            raise ValueError(
+                "copy_paste pastes beyond the image, too, where jitter.padding_mask=true hides it: "
+                "set jitter.padding_mask=false"
+            )
+        return self
 
 
 # ----------------------------------------------------------------------------- reading and messages

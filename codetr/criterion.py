@@ -24,10 +24,13 @@ def group_losses(
     targets: Sequence[Targets],
     sizes: Sequence[Size],
     config: DetectorConfig,
+    *,
+    classes: Tensor | None = None,
 ) -> Losses:
     """Losses ``GROUP/LAYER/TERM`` of one group on every decoder layer.
 
     Targets are the group's own where it knows them, else each layer's Hungarian matching.
+    ``classes`` as in :func:`box_losses`.
     """
     if group.targets is not None:
         layer_targets = [group.targets] * len(prediction.logits)
@@ -40,7 +43,7 @@ def group_losses(
             parts=group.parts,
             repeat=group.repeat,
         )
-    terms = box_losses(prediction, layer_targets, sizes, config, parts=group.parts)
+    terms = box_losses(prediction, layer_targets, sizes, config, parts=group.parts, classes=classes)
     return {
         f"{group.name}/{layer}/{term}": values[layer]
         for term, values in terms.items()
@@ -53,16 +56,19 @@ def encoder_losses(
     targets: Sequence[Targets],
     sizes: Sequence[Size],
     config: DetectorConfig,
+    *,
+    classes: Tensor | None = None,
 ) -> Losses:
     """Losses ``encoder/TERM`` of the encoder's own proposals.
 
     Where tokens are ranked by objectness, every object counts as class 0: the encoder learns where
-    objects are, not which (method.md 35).
+    objects are, not which (method.md 35), and ``classes`` of :func:`box_losses` is not for it.
     """
     if config.queries.rank_by == "objectness":
+        classes = None
         targets = [replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
     matched = match(proposals, targets, sizes, config.matching_cost)
-    terms = box_losses(proposals, matched, sizes, config)
+    terms = box_losses(proposals, matched, sizes, config, classes=classes)
     return {f"encoder/{term}": values[0] for term, values in terms.items()}
 
 
@@ -143,6 +149,7 @@ def box_losses(
     config: DetectorConfig,
     *,
     parts: int = 1,
+    classes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Classification, L1 and GIoU losses of all layers, (L,) each (method.md 33, 34).
 
@@ -156,6 +163,8 @@ def box_losses(
         sizes: valid (height, width) of each image in pixels.
         config: of the detector; its kind of classification loss is read.
         parts: of the group.
+        classes: (B, classes) bool, those that have a classification loss in each image (federated
+            loss); None: all.
     """
     num_classes = prediction.logits.shape[-1]
     boxes = prediction.boxes.float()
@@ -169,14 +178,16 @@ def box_losses(
 
     corners, wanted_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)
     rows = [prediction.logits.flatten(1, 2), labels.flatten(1), label_weights.flatten(1)]
+    if classes is not None:  # (B * Q, classes), the same on all layers
+        classes = classes[:, None].expand(-1, boxes.shape[2], -1).flatten(0, 1)
     if config.query_loss.classification == "quality_focal":
         quality = iou(corners.detach(), wanted_corners).flatten(1)
         cls = [
-            quality_focal_loss(logits, label, layer_quality, weight)
+            quality_focal_loss(logits, label, layer_quality, weight, classes=classes)
             for logits, label, weight, layer_quality in zip(*rows, quality, strict=True)
         ]
     else:
-        cls = [sigmoid_focal_loss(*layer) for layer in zip(*rows, strict=True)]
+        cls = [sigmoid_focal_loss(*layer, classes=classes) for layer in zip(*rows, strict=True)]
     scale = extents(sizes, boxes)[:, None]
     l1 = (boxes - wanted).abs().sum(-1)
     giou = 1 - generalised_iou(corners * scale, wanted_corners * scale)

@@ -13,6 +13,7 @@ from codetr.backbones import build_adapter, build_backbone, build_neck
 from codetr.boxes import cxcywh_to_xyxy, extents
 from codetr.config import DataConfig, DetectorConfig, nearest
 from codetr.criterion import encoder_losses, group_losses
+from codetr.federated import FederatedClasses
 from codetr.heads import build_head
 from codetr.heads.head import Head
 from codetr.queries import (
@@ -80,6 +81,8 @@ class CoDETR(nn.Module):
         if config.one_to_many.groups:
             with forked_rng("one_to_many"):
                 self.one_to_many = OneToManyQueries(config)
+        if config.query_loss.federated.enabled:
+            self.federated = FederatedClasses(config.query_loss.federated, config.num_classes)
         if config.heads:
             with forked_rng("adapter"):
                 self.adapter = build_adapter(config)
@@ -205,11 +208,12 @@ class CoDETR(nn.Module):
                 groups.append(make_group(name, output.positives, batch.sizes, targets))
 
         predictions = self._decode(groups, memory)
+        classes = self.federated(targets) if self.config.query_loss.federated.enabled else None
+        of_batch = (targets, batch.sizes, self.config)
         for group in groups:
-            prediction = predictions[group.name]
-            losses |= group_losses(group, prediction, targets, batch.sizes, self.config)
+            losses |= group_losses(group, predictions[group.name], *of_batch, classes=classes)
         if selection.proposals is not None:
-            losses |= encoder_losses(selection.proposals, targets, batch.sizes, self.config)
+            losses |= encoder_losses(selection.proposals, *of_batch, classes=classes)
 
         weights = self.config.loss_weights()
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()

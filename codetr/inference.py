@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - torchvision's own name
 from torchvision.utils import draw_bounding_boxes
 
@@ -23,7 +24,7 @@ from codetr.config import DataConfig
 from codetr.data import Classes, CocoDataset, DataError
 from codetr.data.images import read_image, rgb_pixels
 from codetr.data.loader import collate
-from codetr.data.transforms import build_transform
+from codetr.data.transforms import build_canvas, build_transform
 from codetr.detector import CoDETR
 from codetr.queries.selection import QUERY
 from codetr.structures import Detections, ImageBatch, Size, Targets
@@ -66,12 +67,15 @@ def detect(
         branch: see :meth:`CoDETR.detect`.
     """
     device = next(model.parameters()).device
-    return [
-        detections.rescaled(size, original).to("cpu")
-        for detections, size, original in zip(
-            model.detect(batch.to(device), branch), batch.sizes, original_sizes, strict=True
-        )
-    ]
+    found = model.detect(batch.to(device), branch)
+    sizes = batch.sizes if batch.contents is None else batch.contents
+    results = []
+    for detections, size, original in zip(found, sizes, original_sizes, strict=True):
+        result = detections.rescaled(size, original).to("cpu")
+        if batch.contents is not None:  # what reaches out of the image onto its canvas
+            result = replace(result, boxes=clip_boxes_to_image(result.boxes, original))
+        results.append(result)
+    return results
 
 
 def predict(
@@ -184,7 +188,7 @@ def _detect_each(
 ) -> list[Detections]:
     """Detections of each (3, H, W) uint8 image; those that the model sees at the same size share
     batches, so that there is no padding."""
-    transform = build_transform(data, training=False)
+    transform, canvas = build_transform(data, training=False), build_canvas(data)
     inputs = [transform(tv_tensors.Image(image)).as_subclass(Tensor) for image in images]
     of_size: dict[Size, list[int]] = {}
     for index, pixels in enumerate(inputs):
@@ -194,7 +198,7 @@ def _detect_each(
     for together in of_size.values():
         for start in range(0, len(together), batch_size):
             chosen = together[start : start + batch_size]
-            batch, _ = collate([(inputs[index], _NOTHING) for index in chosen])
+            batch, _ = collate([(inputs[index], _NOTHING) for index in chosen], canvas)
             sizes = [(images[index].shape[1], images[index].shape[2]) for index in chosen]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 found |= zip(chosen, detect(model, batch, sizes, branch), strict=True)

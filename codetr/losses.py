@@ -18,6 +18,11 @@ def _weighted_sum(rows: Tensor, weights: Tensor | None) -> Tensor:
     return rows.sum() if weights is None else (rows * weights).sum()
 
 
+def _over_classes(loss: Tensor, classes: Tensor | None) -> Tensor:
+    """(N,) of (N, C), summed over the classes that count."""
+    return (loss if classes is None else loss * classes).sum(1)
+
+
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """(N,) labels to (N, num_classes) float32; a row of zeros where label == num_classes."""
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
@@ -28,6 +33,7 @@ def sigmoid_focal_loss(
     labels: Tensor,
     weights: Tensor | None = None,
     *,
+    classes: Tensor | None = None,
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
@@ -37,10 +43,11 @@ def sigmoid_focal_loss(
         logits: (N, C).
         labels: (N,) int64; C means background.
         weights: (N,) weight of each row; None for 1.
+        classes: (N, C) bool, the classes that have a loss in each row; None: all.
     """
     targets = one_hot(labels, logits.shape[1])
     loss = torchvision.ops.sigmoid_focal_loss(logits.float(), targets, alpha, gamma)
-    return _weighted_sum(loss.sum(1), weights)
+    return _weighted_sum(_over_classes(loss, classes), weights)
 
 
 def quality_focal_loss(
@@ -49,6 +56,7 @@ def quality_focal_loss(
     quality: Tensor,
     weights: Tensor | None = None,
     *,
+    classes: Tensor | None = None,
     beta: float = 2.0,
 ) -> Tensor:
     """Focal loss whose positive target is a quality instead of 1 (GFL, equation 2).
@@ -58,12 +66,13 @@ def quality_focal_loss(
         labels: (N,) int64; C means background.
         quality: (N,) in [0, 1], the target of the label's own logit; not read for background.
         weights: (N,) weight of each row; None for 1.
+        classes: (N, C) bool, the classes that have a loss in each row; None: all.
     """
     logits = logits.float()
     targets = one_hot(labels, logits.shape[1]) * quality[:, None]
     loss = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     loss = loss * (targets - logits.sigmoid()).abs() ** beta
-    return _weighted_sum(loss.sum(1), weights)
+    return _weighted_sum(_over_classes(loss, classes), weights)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

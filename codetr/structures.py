@@ -37,12 +37,16 @@ class ImageBatch(_Moves):
     """Images of one batch, padded on the right and at the bottom to a common size.
 
     Attributes:
-        pixels: (B, 3, H, W) float, normalised by mean and std; zero in the padding.
+        pixels: (B, 3, H, W) float, normalised by mean and std; zero in the padding, or the colour
+            of the canvas (:class:`codetr.data.canvas.Canvas`).
         sizes: valid (height, width) in pixels of each of the B images.
+        contents: sizes of the images alone, where ``sizes`` are those of the canvas on which they
+            lie (method.md 5); None: they are ``sizes``.
     """
 
     pixels: Tensor
     sizes: list[Size]
+    contents: list[Size] | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -62,7 +66,7 @@ class ImageBatch(_Moves):
         if height % divisor == 0 and width % divisor == 0:
             return self
         pixels = functional.pad(self.pixels, (0, -width % divisor, 0, -height % divisor))
-        return ImageBatch(pixels, self.sizes)
+        return replace(self, pixels=pixels)
 
 
 @dataclass

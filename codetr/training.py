@@ -193,10 +193,17 @@ class TrainingState:
         seed: int,
         steps_per_epoch: int,
         device: torch.device,
+        class_images: Sequence[int] | None = None,
     ) -> Self:
-        """An untrained detector; its weights depend on the seed alone, not on the data's order."""
+        """An untrained detector; its weights depend on the seed alone, not on the data's order.
+
+        Args:
+            class_images: how many training images have each class, for federated loss.
+        """
         seed_everything(seed, INITIALISATION)
         model = CoDETR(detector).to(device)
+        if detector.query_loss.federated.enabled and class_images is not None:
+            model.federated.learn(class_images)
         optimizer = build_optimizer(model, training)
         return cls(
             model=model,

@@ -52,6 +52,13 @@ _WITHOUT_EFFECT = {
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""
 
+_LATER = {
+    "detector": ("query_loss.federated",),
+    "data": ("jitter", "copy_paste", "repeat_threshold"),
+}
+"""Settings that came later: at their defaults, and where a section of the data is not ``enabled``,
+they change nothing, and trials keep their names."""
+
 
 class Trial(Strict):
     """One arm with one seed: what one Ray Train job trains."""
@@ -77,9 +84,9 @@ class Trial(Strict):
             "version": IDENTITY_VERSION,
             "seed": self.seed,
             "fingerprint": self.facts.fingerprint,
-            "detector": self.detector.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT["training"]),
-            "data": self.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT["data"]),
+            "detector": _identity("detector", self.detector),
+            "training": _identity("training", self.training),
+            "data": _identity("data", self.data),
         }
         if self.measures_branches:
             identity["branches"] = True
@@ -109,6 +116,22 @@ class Trial(Strict):
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.training.epochs
+
+
+def _identity(section: str, config: Strict) -> dict[str, Any]:
+    """The values that tell a trial from others."""
+    values = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(section))
+    for key in _LATER.get(section, ()):
+        *outer, name = key.split(".")
+        holder, inner = config, values
+        for part in outer:
+            holder, inner = getattr(holder, part), inner[part]
+        value = getattr(holder, name)
+        # Checkpoints hold their detector to every value, used or not: there it must be the default.
+        unused = section == "data" and not getattr(value, "enabled", True)
+        if unused or value == type(holder).model_fields[name].default:
+            del inner[name]
+    return values
 
 
 Rerun = Literal["failed", "all", "none"]

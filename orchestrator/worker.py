@@ -195,6 +195,7 @@ class _Training:
             seed=trial.seed,
             steps_per_epoch=len(self.train_set) // trial.training.batch_size,
             device=get_device(),
+            class_images=self.train_set.table.class_images().tolist(),
         )
         if saved and checkpoint:
             state.restore(checkpoint)

@@ -20,6 +20,7 @@ from codetr.analysis import CATALOGUE, About
 from codetr.checkpoint import Checkpoint, build_model
 from codetr.config import ConfigError, DataConfig
 from codetr.data import CocoDataset
+from codetr.data.canvas import Canvas
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
 from codetr.structures import ImageBatch, Size, Targets
@@ -293,12 +294,13 @@ def look_at(dataset: CocoDataset, places: Sequence[int], batch_size: int) -> Ite
         some = waiting.setdefault(size, [])
         some.append((place, pixels, targets))
         if len(some) == batch_size:
-            yield _together(waiting.pop(size))
-    yield from map(_together, waiting.values())
+            yield _together(waiting.pop(size), dataset.canvas)
+    for some in waiting.values():
+        yield _together(some, dataset.canvas)
 
 
-def _together(some: list[tuple[int, Tensor, Targets]]) -> Seen:
-    batch, targets = collate([(pixels, objects) for _, pixels, objects in some])
+def _together(some: list[tuple[int, Tensor, Targets]], canvas: Canvas | None) -> Seen:
+    batch, targets = collate([(pixels, objects) for _, pixels, objects in some], canvas)
     return Seen(batch, targets, [place for place, _, _ in some])
 
 

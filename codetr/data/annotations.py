@@ -146,6 +146,17 @@ class Annotations:
         """(A,) position of the image that each annotation belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
+    def class_occurrences(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of images, and the classes that each has an object of, without crowds: each
+        pair once."""
+        objects, classes = ~self.crowd, len(self.classes)
+        pairs = np.unique(self.owners()[objects] * classes + self.labels[objects])
+        return pairs // classes, pairs % classes
+
+    def class_images(self) -> NDArray[np.int64]:
+        """(classes,) in how many images there is an object of each class."""
+        return np.bincount(self.class_occurrences()[1], minlength=len(self.classes))
+
     def clipped(self, image: int) -> NDArray[np.float32]:
         """(n, 4) the boxes of the image at this position, xyxy in pixels, clipped to it."""
         return _clipped(self.boxes[self.of(image)], self.sizes[image][None])

@@ -105,9 +105,8 @@ def check_dataset(
 def _report(split: Split, table: Annotations, problems: list[Problem]) -> SplitReport:
     usable = without(table, problems)
     objects = ~usable.crowd
-    labels, owners, areas = usable.labels[objects], usable.owners()[objects], usable.areas[objects]
+    labels, areas = usable.labels[objects], usable.areas[objects]
     classes = len(table.classes)
-    pairs = np.unique(np.stack([owners, labels]), axis=1)
     bounds = np.digitize(areas, [MEDIUM_AREA, LARGE_AREA])
     names = table.classes.names
     return SplitReport(
@@ -119,7 +118,7 @@ def _report(split: Split, table: Annotations, problems: list[Problem]) -> SplitR
         objects=int(objects.sum()),
         crowds=int(usable.crowd.sum()),
         class_objects=dict(zip(names, _counts(labels, classes), strict=True)),
-        class_images=dict(zip(names, _counts(pairs[1], classes), strict=True)),
+        class_images=dict(zip(names, usable.class_images().tolist(), strict=True)),
         sizes=dict(zip(("small", "medium", "large"), _counts(bounds, 3), strict=True)),
         problems=tuple(problems),
     )

@@ -15,12 +15,19 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from codetr.data.annotations import Classes, read_annotations
+from codetr.data.canvas import Canvas
+from codetr.data.copy_paste import CopyPaste
 from codetr.data.errors import DataError, refuse
 from codetr.data.files import find_absent, find_unreadable, without
 from codetr.data.images import read_image
+from codetr.data.repeats import repeat_factors
 from codetr.structures import Targets
 
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+Item = int | tuple[int, int]
+"""Position of an image; or that, and which of its repeats in the epoch it is, counted from 0."""
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -45,7 +52,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
     """A split of a data set.
 
     An item is an image as ``transform`` leaves it, and its :class:`Targets`, boxes in pixels of
-    that image. It is a function of ``seed``, epoch and image alone, whoever loads it.
+    that image. It is a function of ``seed``, epoch, image and repeat alone, whoever loads it.
 
     Attributes:
         annotations: the annotation file.
@@ -54,6 +61,8 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         problems: what was found wrong, with ``skip_bad``.
         skipped: how many images were left out because of that.
         fingerprint: stable hash of the annotation file and of the images used.
+        factors: (I,) float64, how often an epoch has each image; None: each once.
+        canvas: what batches lay the images on; None: they are as large as their largest image.
     """
 
     def __init__(
@@ -67,6 +76,9 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         limit: int | None = None,
         seed: int = 0,
         masks: bool = False,
+        canvas: Canvas | None = None,
+        copy_paste: CopyPaste | None = None,
+        repeat_threshold: float = 0.0,
     ) -> None:
         """Open a split.
 
@@ -79,6 +91,9 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
             limit: use only the first so many images.
             seed: of the random transforms.
             masks: the targets have masks; each object must have one.
+            canvas: see above.
+            copy_paste: pastes objects of other images, after ``transform``, which must be given.
+            repeat_threshold: see :func:`repeat_factors`; 0: each image once in an epoch.
 
         Raises:
             DataError: names the first problem, or there is nothing to train on.
@@ -89,7 +104,9 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         self.training = training
         self.seed = seed
         self.epoch = 0
-        table = read_annotations(annotations, masks=masks)
+        self.masks, self.canvas, self.copy_paste = masks, canvas, copy_paste
+        pastes_masks = copy_paste is not None and copy_paste.config.shapes == "masks"
+        table = read_annotations(annotations, masks=masks or pastes_masks)
         problems = [*table.problems, *find_absent(table, images)]
         if not skip_bad:
             refuse(problems)
@@ -101,6 +118,9 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         self.skipped = len(table) - len(usable)
         self.table = usable.select(np.arange(len(usable))[:limit])
         self._require_content()
+        self.factors: Tensor | None = None
+        if repeat_threshold:
+            self.factors = torch.from_numpy(repeat_factors(self.table, repeat_threshold))
 
     @property
     def classes(self) -> Classes:
@@ -122,10 +142,32 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Targets]:
+    def __getitem__(self, item: Item) -> tuple[Tensor, Targets]:
+        index, repeat = item if isinstance(item, tuple) else (item, 0)
+        image_id = int(self.table.image_ids[index])
+        height, width = map(int, self.table.sizes[index])
+        stream = (self.seed, self.epoch, image_id, *([repeat] if repeat else []))
+        image, objects = self._read(index)
+        if self.transform is not None:
+            with seeded(stable_seed("transform", *stream)):
+                image, objects = self.transform(image, objects)
+                if self.copy_paste is not None:
+                    source = self.transform(*self._read(self._other()))
+                    image, objects = self.copy_paste((image, objects), source)
+        masks = objects["masks"].as_subclass(Tensor).bool() if self.masks else None
+        return image.as_subclass(Tensor), Targets(
+            boxes=objects["boxes"].as_subclass(Tensor),
+            labels=objects["labels"],
+            image_id=image_id,
+            original_size=(height, width),
+            seed=stable_seed("draws", *stream),
+            masks=masks,
+        )
+
+    def _read(self, index: int) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
+        """The image at this position and its objects, without crowds, as they are stored."""
         table = self.table
         height, width = map(int, table.sizes[index])
-        image_id = int(table.image_ids[index])
         rows = table.of(index)
         kept = ~table.crowd[rows]
         pixels = read_image(self.images / str(table.names[index]), (height, width))
@@ -142,17 +184,13 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
             numbers = np.arange(rows.start, rows.stop)[kept]
             masks = table.masks.decode(numbers, (height, width))
             objects["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        if self.transform is not None:
-            with seeded(stable_seed("transform", self.seed, self.epoch, image_id)):
-                image, objects = self.transform(image, objects)
-        return image.as_subclass(Tensor), Targets(
-            boxes=objects["boxes"].as_subclass(Tensor),
-            labels=objects["labels"],
-            image_id=image_id,
-            original_size=(height, width),
-            seed=stable_seed("draws", self.seed, self.epoch, image_id),
-            masks=objects["masks"].as_subclass(Tensor).bool() if "masks" in objects else None,
-        )
+        return image, objects
+
+    def _other(self) -> int:
+        """A random image to paste from, drawn as often as an epoch has it."""
+        if self.factors is not None:
+            return int(torch.multinomial(self.factors, 1))
+        return int(torch.randint(len(self), ()))
 
     def _require_content(self) -> None:
         skipped = f" ({self.skipped} were left out as broken)" if self.skipped else ""

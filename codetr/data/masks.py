@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from codetr.data.errors import DataError
 
-NEEDED = "which a mask head is trained on; add it, or take the head out of 'heads'"
+NEEDED = (
+    "which mask heads and copy-paste need; add it, or take the head out of 'heads' and set "
+    "data.copy_paste.enabled=false or data.copy_paste.shapes=boxes"
+)
 
 
 @dataclass(frozen=True)

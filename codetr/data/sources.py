@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from codetr.config import DataConfig
+from codetr.config import ConfigError, DataConfig
 from codetr.data.digits import cached_digits
 from codetr.data.errors import DataError
 
@@ -92,12 +92,21 @@ def open_dataset(
         masks: with the objects' masks (``DetectorConfig.needs_masks``).
 
     Raises:
+        ConfigError: the objects' masks are wanted, and boxes are to be pasted.
         DataError: something is missing or broken; the text names it.
     """
     from codetr.data.coco import CocoDataset
-    from codetr.data.transforms import build_transform
+    from codetr.data.copy_paste import CopyPaste
+    from codetr.data.transforms import build_canvas, build_transform
 
     training = split == "train"
+    canvas = build_canvas(config)
+    pastes = training and config.copy_paste.enabled
+    if pastes and masks and config.copy_paste.shapes == "boxes":
+        raise ConfigError(
+            "data.copy_paste.shapes=boxes pastes objects without masks, on which a mask head is "
+            "trained: set data.copy_paste.shapes=masks"
+        )
     files = find_split(data_directory(config), split)
     return CocoDataset(
         files.annotations,
@@ -108,4 +117,7 @@ def open_dataset(
         limit=config.train_images if training else config.val_images,
         seed=seed,
         masks=masks,
+        canvas=canvas,
+        copy_paste=CopyPaste(config.copy_paste, canvas) if pastes and canvas else None,
+        repeat_threshold=config.repeat_threshold if training else 0.0,
     )

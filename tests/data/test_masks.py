@@ -90,7 +90,7 @@ def test_a_limited_data_set_keeps_its_masks_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        (None, "has no 'segmentation', which a mask head is trained on"),
+        (None, "has no 'segmentation', which mask heads and copy-paste need"),
         ([], "must be a list of polygons or an object of run lengths"),
         ("x", "must be a list of polygons or an object of run lengths"),
         ([[1, 2, 3, 4]], "a polygon that is no list of three or more points"),

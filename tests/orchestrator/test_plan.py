@@ -197,3 +197,21 @@ def test_planning_imports_nothing_heavy():
 )
 def test_slugs(text, expected):
     assert slug(text) == expected
+
+
+def test_settings_that_came_later_leave_identities_alone():
+    """The ids of this plan before there were any of them."""
+    before = ["5a51eeb655", "1d5ae49750", "caea7aca35"]
+    assert ids(seeds=(0,)) == before
+    unused = ("jitter.canvas=96", "copy_paste.shapes=boxes")
+    assert ids(seeds=(0,), settings=unused) == before
+    for used in (
+        ("jitter.enabled=true",),
+        ("jitter.enabled=true", "jitter.canvas=96"),
+        ("jitter.enabled=true", "copy_paste.enabled=true"),
+        ("repeat_threshold=0.01",),
+        ("federated.enabled=true",),
+        ("federated.enabled=true", "federated.classes=7"),
+    ):
+        before += ids(seeds=(0,), settings=used)
+    assert len(set(before)) == 3 * 7

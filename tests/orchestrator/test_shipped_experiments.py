@@ -111,6 +111,35 @@ def test_the_schedules_of_the_paper(coco):
     assert schedules("lvis-system-pretraining") == {(26, 24, 192, 2e-4)}
 
 
+def test_the_data_of_the_paper(coco):
+    """Canvas, copy-paste by the original's 10 and 300 pixels, repeats and federated loss."""
+
+    def canvases(name: str) -> dict[str, int]:
+        trials = [t for t in plan(name, "paper", coco).trials if t.data.jitter.enabled]
+        for trial in trials:
+            jitter, paste = trial.data.jitter, trial.data.copy_paste
+            assert (jitter.scale, jitter.fill, jitter.padding_mask) == ((0.1, 2.0), 114, False)
+            assert paste.enabled
+            assert paste.max_objects == 100
+            assert paste.box_tolerance * jitter.canvas / 1024 == pytest.approx(10, rel=0.001)
+            assert paste.min_visible * (jitter.canvas / 1024) ** 2 == pytest.approx(300, rel=0.003)
+        return {trial.arm: trial.data.jitter.canvas for trial in trials}
+
+    assert canvases("lvis-system") == {"Co-DINO Swin-L": 1280, "Co-DINO ViT-L": 1536}
+    assert canvases("lvis-system-pretraining") == {"Co-DINO ViT-L": 1280}
+    r50, swin = ("", ", 36 epochs"), (" Swin-L", " Swin-L, 24 epochs", " Swin-L, 36 epochs")
+    assert canvases("state-of-the-art") == {
+        **{f"Co-DINO++{which}": 1024 for which in r50},
+        **{f"Co-DINO++{which}": 1280 for which in swin},
+    }
+    plus = [t for t in plan("state-of-the-art", "paper", coco).trials if t.data.jitter.enabled]
+    assert [trial.paper_ap for trial in plus] == [52.1, 54.8, 59.3, 60.4, 60.7]
+    for trial in plan("lvis-system", "paper", coco).trials:
+        federated = trial.detector.query_loss.federated
+        assert (federated.enabled, federated.classes, federated.power) == (True, 50, 0.5)
+        assert trial.data.repeat_threshold == 0.001
+
+
 def test_the_laptop_trains_as_much_longer_as_the_paper(coco):
     laptop, paper = (
         [trial.training.epochs for trial in plan("longer-schedule", profile, coco).trials]
@@ -171,6 +200,7 @@ def test_every_distinct_arm_takes_two_steps(tmp_path):
             seed=0,
             steps_per_epoch=2,
             device=torch.device("cpu"),
+            class_images=images.table.class_images().tolist(),
         )
         before = {name: value.clone() for name, value in state.model.state_dict().items()}
         reports: list[StepReport] = []
