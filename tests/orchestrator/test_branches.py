@@ -1,5 +1,6 @@
 """Each auxiliary head on its own, as a trial's workers measure it after the last epoch."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from codetr.config import DataConfig, DetectorConfig
 from codetr.cost import Cost
 from codetr.data import build_loader, open_dataset
 from codetr.structures import Detections
+from orchestrator.board import Epoch
 from orchestrator.experiment import load_experiment, paper_branch_aps
+from orchestrator.records import Record
 from orchestrator.worker import _Training
 
 
@@ -80,3 +83,9 @@ def test_every_head_is_measured_on_its_own_a_repeated_one_by_its_number(coco_fol
 )
 def test_the_papers_numbers_of_branches(name, arm, heads, expected):
     assert paper_branch_aps(load_experiment(name), arm, heads) == expected
+
+
+def test_compare_sees_them_in_percent():
+    values = {"val/AP": 0.25, "branch/atss/AP": 0.5, "cost/core_hours": 2.0, "train/total": 9.0}
+    record = Record("e", Path("a.seed0.b"), "a", 0, "finished", history=(Epoch(1, 1, values),))
+    assert record.metrics == {"AP": 25.0, "branch/atss/AP": 50.0, "core_hours": 2.0}
