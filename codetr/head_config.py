@@ -36,30 +36,30 @@ class OneStageConfig(Strict):
     """Most candidates of one level that enter non-maximum suppression."""
     test_nms: Threshold = 0.6
     test_keep: PositiveInt = 100
+    cls_weight: NonNegativeFloat = 1.0
+    giou_weight: NonNegativeFloat = 2.0
 
     def loss_weights(self) -> dict[str, float]:
-        """Weight of each loss term by its name."""
-        raise NotImplementedError
+        """Weight of each loss term by its name: ``TERM_weight`` is that of ``TERM``."""
+        names = (name for name in type(self).model_fields if name.endswith("_weight"))
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
-class AtssConfig(OneStageConfig):
+class SquareAnchorConfig(OneStageConfig):
+    """What those share that have one square anchor on each cell."""
+
+    topk: PositiveInt = 9
+    """Candidates of each object on each level: the nearest anchors, or, of PAA, those of lowest
+    loss."""
+    anchor_scale: PositiveFloat = 8
+    """Side of the anchor in strides."""
+
+
+class AtssConfig(SquareAnchorConfig):
     """ATSS head (table 1): one-stage, centre-based adaptive assignment."""
 
     type: Literal["atss"] = "atss"
-    topk: PositiveInt = 9
-    """Candidates of each object on each level."""
-    anchor_scale: PositiveFloat = 8
-    """Side of the square anchor in strides."""
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 2.0
     centerness_weight: NonNegativeFloat = 1.0
-
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "cls": self.cls_weight,
-            "giou": self.giou_weight,
-            "centerness": self.centerness_weight,
-        }
 
 
 class RetinaNetConfig(OneStageConfig):
@@ -72,8 +72,6 @@ class RetinaNetConfig(OneStageConfig):
     positive_iou: Threshold = 0.5
     negative_iou: Threshold = 0.4
     """Anchors between the two are neither, but each object keeps its best anchor."""
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 2.0
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> Self:
@@ -82,9 +80,6 @@ class RetinaNetConfig(OneStageConfig):
                 f"negative_iou={self.negative_iou} is above positive_iou={self.positive_iou}"
             )
         return self
-
-    def loss_weights(self) -> dict[str, float]:
-        return {"cls": self.cls_weight, "giou": self.giou_weight}
 
 
 class FcosConfig(OneStageConfig):
@@ -97,52 +92,27 @@ class FcosConfig(OneStageConfig):
     """A level regresses distances up to so many strides; the coarsest all longer ones."""
     box_scale: PositiveFloat = 8
     """Side, in strides, of the box that a positive point becomes as a query (table 1)."""
-    cls_weight: NonNegativeFloat = 1.0
     giou_weight: NonNegativeFloat = 1.0
     centerness_weight: NonNegativeFloat = 1.0
 
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            "cls": self.cls_weight,
-            "giou": self.giou_weight,
-            "centerness": self.centerness_weight,
-        }
 
-
-class PaaConfig(OneStageConfig):
+class PaaConfig(SquareAnchorConfig):
     """PAA head: a mixture of two Gaussians splits each object's anchors by their losses."""
 
     type: Literal["paa"] = "paa"
     candidate_iou: Threshold = 0.1
     """Anchors from this overlap on are candidates of the object that they overlap most."""
-    topk: PositiveInt = 9
-    """Candidates of lowest loss that each object keeps on each level."""
-    anchor_scale: PositiveFloat = 8
-    """Side of the square anchor in strides."""
-    cls_weight: NonNegativeFloat = 1.0
     giou_weight: NonNegativeFloat = 1.3
     iou_weight: NonNegativeFloat = 0.5
 
-    def loss_weights(self) -> dict[str, float]:
-        return {"cls": self.cls_weight, "giou": self.giou_weight, "iou": self.iou_weight}
 
-
-class GflConfig(OneStageConfig):
+class GflConfig(SquareAnchorConfig):
     """GFL head: class scores that tell the box's quality, and distributions of its four sides."""
 
     type: Literal["gfl"] = "gfl"
-    topk: PositiveInt = 9
-    """Candidates of each object on each level, as in ATSS."""
-    anchor_scale: PositiveFloat = 8
-    """Side, in strides, of the square anchor that is assigned."""
     bins: PositiveInt = 16
     """Largest distance from the centre to a side, in strides: ``bins`` + 1 values."""
-    cls_weight: NonNegativeFloat = 1.0
-    giou_weight: NonNegativeFloat = 2.0
     dfl_weight: NonNegativeFloat = 0.25
-
-    def loss_weights(self) -> dict[str, float]:
-        return {"cls": self.cls_weight, "giou": self.giou_weight, "dfl": self.dfl_weight}
 
 
 # ------------------------------------------------------------------------------- two-stage heads
@@ -198,36 +168,36 @@ class MaskConfig(Strict):
     weight: NonNegativeFloat = 1.0
 
 
-class FasterRcnnConfig(Strict):
+class TwoStageConfig(Strict):
+    """What the heads share that look at proposals a second time."""
+
+    rpn: RpnConfig = RpnConfig()
+    rcnn: RcnnConfig = RcnnConfig()
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term by its name."""
+        return {
+            "rpn_cls": self.rpn.cls_weight,
+            "rpn_l1": self.rpn.l1_weight,
+            "rcnn_cls": self.rcnn.cls_weight,
+            "rcnn_giou": self.rcnn.giou_weight,
+        }
+
+
+class FasterRcnnConfig(TwoStageConfig):
     """Faster R-CNN head (table 1): RPN on all levels, RCNN on all but the extra one."""
 
     type: Literal["faster_rcnn"] = "faster_rcnn"
-    rpn: RpnConfig = RpnConfig()
-    rcnn: RcnnConfig = RcnnConfig()
-
-    def loss_weights(self) -> dict[str, float]:
-        return _two_stage_weights(self.rpn, self.rcnn)
 
 
-class MaskRcnnConfig(Strict):
+class MaskRcnnConfig(TwoStageConfig):
     """Mask R-CNN head: Faster R-CNN, and a mask for each positive; needs data with masks."""
 
     type: Literal["mask_rcnn"] = "mask_rcnn"
-    rpn: RpnConfig = RpnConfig()
-    rcnn: RcnnConfig = RcnnConfig()
     mask: MaskConfig = MaskConfig()
 
     def loss_weights(self) -> dict[str, float]:
-        return _two_stage_weights(self.rpn, self.rcnn) | {"mask": self.mask.weight}
-
-
-def _two_stage_weights(rpn: RpnConfig, rcnn: RcnnConfig) -> dict[str, float]:
-    return {
-        "rpn_cls": rpn.cls_weight,
-        "rpn_l1": rpn.l1_weight,
-        "rcnn_cls": rcnn.cls_weight,
-        "rcnn_giou": rcnn.giou_weight,
-    }
+        return super().loss_weights() | {"mask": self.mask.weight}
 
 
 # ------------------------------------------------------------------------------------- all of them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from codetr.config import HEAD_TYPES, ConfigError, nearest
+from codetr.config import HEAD_CONFIGS, HEAD_TYPES, ConfigError, nearest, parse
 
 Settings = dict[str, Any]
 
@@ -25,7 +25,8 @@ def with_heads(detector: Settings, heads: dict[str, Settings], source: str) -> S
     """The detector's settings, its heads with those that are given for their kind.
 
     Raises:
-        ConfigError: no head is of a kind; names ``source``.
+        ConfigError: there is no such kind, or settings of one that is not among the heads make no
+            sense; names ``source``. Those of the heads are checked with the detector.
     """
     for kind in heads:
         if kind not in HEAD_TYPES:
@@ -34,5 +35,11 @@ def with_heads(detector: Settings, heads: dict[str, Settings], source: str) -> S
     if not isinstance(listed, list):
         return detector  # refused by the detector's own check, with a better text
     named = [{"type": head} if isinstance(head, str) else head for head in listed]
-    full = [merge(heads.get(str(head.get("type")), {}), head) for head in named]
+    full = [
+        merge(heads.get(str(head.get("type")), {}), head) if isinstance(head, dict) else head
+        for head in named
+    ]
+    used = [head.get("type") for head in named if isinstance(head, dict)]
+    for kind in (kind for kind in heads if kind not in used):
+        parse(HEAD_CONFIGS[kind], heads[kind], f"{source}: heads.{kind}")
     return {**detector, "heads": full}

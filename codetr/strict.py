@@ -19,9 +19,9 @@ def nearest(word: str, valid: list[str]) -> str:
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest valid one."""
+    """A frozen model that refuses unknown keys, whose nearest it names, and infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from codetr.config import DetectorConfig
 from orchestrator.board import Epoch, Progress
 from orchestrator.machine import local_cpus
 from orchestrator.plan import Plan, Trial
-from orchestrator.report import summary_table
+from orchestrator.report import WORDS, branch_table, summary_table
 from orchestrator.results import TrialResult
 from orchestrator.schedule import schedule_text
 from orchestrator.tracking import without_password
@@ -322,13 +322,14 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def show_results(console: Console, results: list[TrialResult]) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    head, *rows = summary_table(results)
-    for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    """Every arm beside the paper, and every branch of it where they are measured."""
+    for rows in filter(None, (summary_table(results), branch_table(results))):
+        table = Table(box=SIMPLE_HEAD)
+        for column in rows[0]:
+            table.add_column(column, justify="left" if column in WORDS else "right")
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
 
 
 def show_metrics(console: Console, metrics: Metrics) -> None:

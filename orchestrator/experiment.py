@@ -7,6 +7,7 @@ the arm's, and ``--set``. What differs between the arms is what the experiment a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -116,7 +117,8 @@ class PaperRows(Strict):
     column: str = "ap"
     """Column with the AP, or with a list that starts with it; see :func:`paper_rows`."""
     row: Settings = Field(default_factory=dict)
-    """What every row of this experiment has in common."""
+    """What every row of this experiment has in common. Where it says ``branch``, the table has rows
+    for the other branches of the same detector, too."""
 
 
 class Arm(Layer):
@@ -253,6 +255,25 @@ def paper_ap(experiment: Experiment, arm: str) -> float | None:
     if value is None:
         raise ConfigError(f"{source}: {where.table} has no number where {wanted}")
     return float(value[0] if isinstance(value, list) else value)
+
+
+def paper_branch_aps(experiment: Experiment, arm: str, heads: Sequence[str]) -> dict[str, float]:
+    """AP in percent that the paper reports for auxiliary heads of ``arm`` on their own.
+
+    Args:
+        heads: their names, as ``atss``; those of which it has no number are left out.
+    """
+    where, row = experiment.paper, experiment.arms[arm].paper
+    if where is None or row is None or "branch" not in where.row:
+        return {}
+    rows = paper_rows(where.table, where.column)
+    found: dict[str, float] = {}
+    for head in heads:
+        wanted = {**where.row, **row, "branch": head}
+        cells = [r[where.column] for r in rows if wanted.items() <= r.items()]
+        if cells and cells[0] is not None:
+            found[head] = float(cells[0])
+    return found
 
 
 def paper_rows(table: str, column: str) -> list[Settings]:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from codetr.analysis import CATALOGUE, require_known
 from codetr.config import (
@@ -37,6 +37,7 @@ from orchestrator.experiment import (
     Resources,
     Schedule,
     paper_ap,
+    paper_branch_aps,
 )
 from orchestrator.facts import DataFacts, data_facts
 from orchestrator.schedule import in_epoch, resolved
@@ -46,7 +47,7 @@ IDENTITY_VERSION = 1
 """Part of every trial's identity; to be raised when the same configuration trains differently."""
 
 _WITHOUT_EFFECT = {
-    "training": {"loader_workers", "accumulate"},
+    "training": {"loader_workers", "accumulate", "evaluate_branches"},
     "data": {"path", "engine"},
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""
@@ -72,10 +73,13 @@ class Trial(Strict):
     """What changes in the middle of training; ``detector`` and ``training`` are the beginning."""
     paper_ap: float | None = None
     """In percent, what the paper reports for this arm."""
+    paper_branch_aps: dict[str, float] = Field(default_factory=dict)
+    """In percent, what it reports for auxiliary heads of this arm on their own, by their names."""
 
     @cached_property
     def id(self) -> str:
-        """Hash of everything that decides what is learned: the trial's identity in all runs."""
+        """Hash of everything that decides what is learned, and of whether its heads are measured:
+        the trial's identity in all runs."""
         identity: dict[str, Any] = {
             "version": IDENTITY_VERSION,
             "seed": self.seed,
@@ -84,9 +88,16 @@ class Trial(Strict):
             "training": _identity("training", self.training),
             "data": _identity("data", self.data),
         }
+        if self.measures_branches:
+            identity["branches"] = True
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def measures_branches(self) -> bool:
+        """Whether there are numbers of each auxiliary head on its own in the end."""
+        return self.training.evaluate_branches and self.detector.k > 0
 
     @property
     def name(self) -> str:
@@ -286,6 +297,7 @@ def _trials(
     schedules = [layer.schedule for layer in (*layers, experiment.arms[arm])]
     given = next((schedule for schedule in reversed(schedules) if schedule is not None), ())
     schedule = resolved(given, detector, training, source)
+    _require_k(experiment, arm, detector)
     seeds = options.seeds or profile.seeds or experiment.seeds
     if min(seeds) < 0:
         raise ConfigError(f"--seeds {','.join(map(str, seeds))}: seeds start at 0")
@@ -299,9 +311,20 @@ def _trials(
             facts=facts,
             schedule=schedule,
             paper_ap=paper_ap(experiment, arm),
+            paper_branch_aps=paper_branch_aps(experiment, arm, detector.head_names),
         )
         for seed in seeds
     ]
+
+
+def _require_k(experiment: Experiment, arm: str, detector: DetectorConfig) -> None:
+    """See that the paper's row that is to stand beside the arm is of as many heads."""
+    k = (experiment.arms[arm].paper or {}).get("k", detector.k)
+    if k != detector.k:
+        raise ConfigError(
+            f"{experiment.file}: arms.{arm}: paper.k={k} disagrees with its detector.heads, of "
+            f"which there are {detector.k}"
+        )
 
 
 def _configure(

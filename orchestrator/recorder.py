@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from codetr.config import Strict
 from orchestrator.board import Epoch, History
@@ -31,6 +31,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 class _Told(Strict):
     """What every operation says: beneath which invocation's run, and when it came about, in seconds
     since 1970."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # measurements, not settings
 
     parent: str
     at: float

@@ -72,7 +72,8 @@ class Record:
     def metrics(self) -> dict[str, float]:
         """Of the last evaluation, in percent, and what it has cost so far."""
         values = {key: v for epoch in self.history for key, v in epoch.values.items()}
-        percent = {k.removeprefix("val/"): 100 * v for k, v in values.items() if k[:4] == "val/"}
+        measured = {k: 100 * v for k, v in values.items() if k.startswith(("val/", "branch/"))}
+        percent = {k.removeprefix("val/"): v for k, v in measured.items()}
         costs = {k.removeprefix("cost/"): v for k, v in values.items() if k[:5] == "cost/"}
         return {**percent, **costs}
 

@@ -11,7 +11,14 @@ import yaml
 
 from orchestrator.files import write_whole
 from orchestrator.plan import Plan
-from orchestrator.results import ArmSummary, TrialResult, Value, row, summarise
+from orchestrator.results import (
+    ArmSummary,
+    TrialResult,
+    Value,
+    measured_branches,
+    row,
+    summarise,
+)
 from orchestrator.tracking import configuration
 from orchestrator.worker import PER_CLASS
 
@@ -57,6 +64,16 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
             f"Paper: `{experiment.paper.table}`, COCO val2017. "
             "Other data and other sizes give other numbers: compare the gains.",
         ]
+    if branches := branch_table(results):
+        lines += [
+            "",
+            "## Branches",
+            "",
+            "Each branch of the trained detectors on its own, the auxiliary heads with non-maximum "
+            "suppression. Gains are over the first arm that has the branch.",
+            "",
+            *_markdown_table(branches),
+        ]
     lines += ["", "## Trials", "", *_markdown_table(trial_table(results))]
     failed = [result for result in results if result.reason]
     lines += [f"\n**{r.trial.arm}, seed {r.trial.seed}, failed:** {r.reason}" for r in failed]
@@ -67,11 +84,28 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
 EMPTY = "–"
 Rows = list[list[str]]
 
+_SUMMARY_HEAD = ["arm", "AP", "gain", "paper's AP", "paper's gain"]
+WORDS = ("branch", "arm")
+"""Columns that are read from the left; all others are numbers."""
+
 
 def summary_table(results: list[TrialResult]) -> Rows:
     """Head and a row for each arm, beside the paper."""
-    head = ["arm", "AP", "gain", "paper's AP", "paper's gain"]
-    return _without_empty_columns([head, *map(_summary_cells, summarise(results))])
+    return _without_empty_columns([_SUMMARY_HEAD, *map(_summary_cells, summarise(results))])
+
+
+def branch_table(results: list[TrialResult]) -> Rows:
+    """Head and a row for each branch of each arm (table 11 of the paper); empty where no auxiliary
+    head is measured."""
+    branches = measured_branches(results)
+    if len(branches) == 1:
+        return []
+    rows = [
+        [branch, *_summary_cells(summary)]
+        for branch in branches
+        for summary in summarise(results, branch)
+    ]
+    return _without_empty_columns([["branch", *_SUMMARY_HEAD], *rows])
 
 
 def trial_table(results: list[TrialResult]) -> Rows:
@@ -129,7 +163,7 @@ def _number(value: Value, form: str) -> str:
 
 
 def _markdown_table(rows: Rows) -> list[str]:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    rule = ["---" if title in WORDS else "---:" for title in rows[0]]
     return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 

@@ -15,6 +15,8 @@ RunningState = State | Literal["running"]
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 LVIS_METRICS = ("APr", "APc", "APf")
+QUERY = "query"
+"""The branch that detects; the others are auxiliary heads, by their names."""
 Value = float | int | str | None
 
 
@@ -53,6 +55,24 @@ class TrialResult:
         value = self.evaluated[-1].values.get(f"val/{name}")
         return None if value is None else 100 * value
 
+    def branch_ap(self, branch: str) -> float | None:
+        """AP of one branch on its own after the last evaluation, in percent; None if it was not
+        measured."""
+        if branch == QUERY:
+            return self.metric("AP")
+        value = self.evaluated[-1].values.get(f"branch/{branch}/AP") if self.evaluated else None
+        return None if value is None else 100 * value
+
+    def paper_branch_ap(self, branch: str) -> float | None:
+        """What the paper reports for it."""
+        trial = self.trial
+        return trial.paper_ap if branch == QUERY else trial.paper_branch_aps.get(branch)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that are measured in the end."""
+        return (QUERY, *(self.trial.detector.head_names if self.trial.measures_branches else ()))
+
     def mean(self, path: str) -> float | None:
         """Mean over the epochs of what was measured in each."""
         values = [epoch.values[path] for epoch in self.history if path in epoch.values]
@@ -84,15 +104,25 @@ def row(result: TrialResult) -> dict[str, Value]:
         "peak_memory_mb": _rounded(result.final("cost/peak_memory_mb"), 0),
         **{name: None if value is None else int(value) for name, value in parameters.items()},
         "paper_AP": trial.paper_ap,
+        **_branch_cells(result),
         "epochs": len(result.history),
         "status": result.state,
         "trial_id": trial.id,
     }
 
 
+def _branch_cells(result: TrialResult) -> dict[str, Value]:
+    """AP of each auxiliary head on its own, beside the paper's."""
+    cells: dict[str, Value] = {}
+    for branch in result.branches[1:]:
+        cells[f"{branch}_AP"] = _rounded(result.branch_ap(branch), 2)
+        cells[f"paper_{branch}_AP"] = result.paper_branch_ap(branch)
+    return cells
+
+
 @dataclass(frozen=True)
 class ArmSummary:
-    """An arm over its seeds; AP in percent.
+    """An arm over its seeds, by one of its branches; AP in percent.
 
     Attributes:
         aps: of each seed that was evaluated.
@@ -111,14 +141,20 @@ class ArmSummary:
         return fmean(self.aps) if self.aps else None
 
 
-def summarise(results: list[TrialResult]) -> list[ArmSummary]:
-    """Every arm over its seeds, against the first arm."""
+def measured_branches(results: list[TrialResult]) -> tuple[str, ...]:
+    """The branches of all arms, each once."""
+    return tuple(dict.fromkeys(branch for result in results for branch in result.branches))
+
+
+def summarise(results: list[TrialResult], branch: str = QUERY) -> list[ArmSummary]:
+    """Every arm that has the branch, over its seeds, against the first of them."""
+    results = [result for result in results if branch in result.branches]
     arms = dict.fromkeys(result.trial.arm for result in results)
     summaries: list[ArmSummary] = []
     for arm in arms:
         mine = [result for result in results if result.trial.arm == arm]
-        aps = tuple(ap for result in mine if (ap := result.metric("AP")) is not None)
-        paper = mine[0].trial.paper_ap
+        aps = tuple(ap for result in mine if (ap := result.branch_ap(branch)) is not None)
+        paper = mine[0].paper_branch_ap(branch)
         base, paper_base = (summaries[0].ap, summaries[0].paper_ap) if summaries else (None, None)
         gain = _difference(fmean(aps) if aps else None, base)
         summaries.append(ArmSummary(arm, aps, gain, paper, _difference(paper, paper_base)))

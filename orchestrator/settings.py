@@ -71,6 +71,8 @@ def full_key(key: str) -> str:
         return fits[0]
     if fits:
         raise ConfigError(f"--set {key}: which one: {', '.join(fits)}?")
+    if _leaf(key).lower() == "k":
+        raise ConfigError(f"--set {key}: K is the number of heads: set heads, as heads=[atss]")
     leaves = [k for k in keys if _leaf(k) == _leaf(key)]
     hint = f"did you mean {' or '.join(leaves)}?" if leaves else nearest(key, [*keys])
     if hint.startswith("valid:"):

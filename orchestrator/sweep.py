@@ -307,7 +307,23 @@ def _plan_of(
             for turn in turns
         ]
     arm = Arm.model_validate({**layer.settings, "schedule": schedule})
-    return make_plan(experiment.model_copy(update={"arms": {name: arm}}), options)
+    plan = make_plan(experiment.model_copy(update={"arms": {name: arm}}), options)
+    _require_k(suggestion, plan.trials[0].detector.k)
+    return plan
+
+
+def _require_k(suggestion: Suggestion, k: int) -> None:
+    """See that a dimension of the name K, which can only choose among others, chose as many heads.
+
+    Raises:
+        ConfigError: it says something else than the list of heads.
+    """
+    for name in ("K", "k"):
+        if suggestion.get(name, k) != k:
+            raise ConfigError(
+                f"space: {suggestion_text(suggestion)}: {name}={suggestion[name]} disagrees with "
+                f"the heads, of which there are {k}"
+            )
 
 
 def suggestion_text(suggestion: Suggestion) -> str:

@@ -294,11 +294,31 @@ class _Training:
             values |= _measured({f"val/{name}": v for name, v in state.metrics.items()})
             values |= _changes(self.matches, evaluation.matches)
             self.matches = evaluation.matches
+        if epoch == config.epochs and self.trial.measures_branches:
+            values |= self._branch_values(report)
         values |= _cost_values(state.cost, self.parameters)
         self.history.append(Epoch(epoch, state.step, values, tuple(self.notes), time.time()))
         log.info("%s", _log_line(self.history[-1], config.epochs))
         self.notes = []
         return evaluation
+
+    def _branch_values(self, report: EpochReport) -> dict[str, float]:
+        """Every number of each auxiliary head on its own; all ranks must ask. One pass over the
+        images for each, so that no more detections are held than at any evaluation."""
+        from codetr.training import evaluate
+
+        state = self.state
+        values: dict[str, float] = {}
+        for branch in self.trial.detector.head_names:
+            self.tell(Progress(f"evaluating {branch}", report.epoch, report.steps))
+            loader = self.build_loader(self.val_set, training=False)
+            evaluation = evaluate(
+                state.model, loader, self.val_set, self.trial.data.engine, branch=branch
+            )
+            state.cost = state.cost + evaluation.cost
+            summary = evaluation.metrics.summary
+            values |= {f"branch/{branch}/{name}": value for name, value in summary.items()}
+        return _measured(values)
 
     def _show_step(self, step: StepReport) -> None:
         config = self.trial.training

@@ -163,7 +163,7 @@ def test_repeated_heads_have_names_of_their_own() -> None:
         ({"lambda_1": -0.5}, "lambda_1: Input should be greater than or equal to 0"),
         ({"heads": ["ats"]}, "heads: unknown head 'ats'; did you mean 'atss'?"),
         ({"heads": [{"type": "atss", "conv": 1}]}, "heads.0: unknown key 'conv'"),
-        ({"heads": [{}]}, "unknown head 'None'"),
+        ({"heads": [{}]}, "a head without 'type'"),
         ({"heads": [3]}, "heads"),
         ({"heads": "atss"}, "heads must be a list, for example [atss, faster_rcnn]"),
         ({"lambda_2": -1}, "lambda_2: Input should be greater than or equal to 0"),

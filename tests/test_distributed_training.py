@@ -145,13 +145,15 @@ def poisoned():
     return error, unchanged
 
 
-def evaluation(folder: Path):
+def evaluation(folder: Path, branch: str):
     """Metrics and detections of a detector on seven images, which two ranks cannot share evenly."""
     dataset = open_dataset(DataConfig(path=folder / "digits", short_sides=(64,)), "val")
-    detector = tiny_detector().model_copy(update={"num_classes": len(dataset.classes)})
+    detector = tiny_detector("atss").model_copy(update={"num_classes": len(dataset.classes)})
     loader = build_loader(dataset, 2, rank=rank(), world_size=world_size(), training=False)
     torch.manual_seed(0)
-    result = evaluate(CoDETR(detector), loader, dataset, record_matches=True)
+    result = evaluate(
+        CoDETR(detector), loader, dataset, branch=branch, record_matches=branch == "query"
+    )
     return result.metrics.summary, result.detections, result.matches
 
 
@@ -172,7 +174,7 @@ def everything(folder):
         "left epoch": left_epoch(folder / "left.pt"),
         "trained norm": trained_norm(),
         "poisoned": poisoned(),
-        "evaluation": evaluation(folder),
+        "evaluation": {branch: evaluation(folder, branch) for branch in ("query", "atss")},
         "failure": failure_on_rank_zero(),
     }
 
@@ -293,13 +295,14 @@ def test_a_nan_on_one_rank_stops_all_alike(ranks):
     assert unchanged_1
 
 
-def test_evaluation_equals_that_of_one_process(ranks, folder):
-    metrics, detections, matches = evaluation(folder)
+@pytest.mark.parametrize("branch", ["query", "atss"])
+def test_evaluation_equals_that_of_one_process(branch, ranks, folder):
+    metrics, detections, matches = evaluation(folder, branch)
     (metrics_0, detections_0, matches_0), (metrics_1, detections_1, matches_1) = (
-        r["evaluation"] for r in ranks
+        r["evaluation"][branch] for r in ranks
     )
     assert matches_0 == matches
-    assert matches.keys() == detections.keys()
+    assert matches.keys() == (detections.keys() if branch == "query" else set())
     assert matches_1 == {}
     assert metrics_0 == pytest.approx(metrics, nan_ok=True, abs=1e-6)
     assert metrics_1 == pytest.approx(metrics_0, nan_ok=True)

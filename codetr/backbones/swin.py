@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from codetr.backbones.backbone import Backbone, drop_path_rates
+from codetr.backbones.backbone import Backbone, drop_path_rates, init_linears
 from codetr.backbones.names import microsoft_swin_names, rename
 from codetr.backbones.pretrained import load_weights, pretrained_state
 from codetr.config import SwinConfig
@@ -55,11 +55,7 @@ class SwinBody(nn.Module):
         self.norms = nn.ModuleList(
             nn.LayerNorm(config.width * 2 ** (stage - 1)) for stage in config.stages
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """(B, width * 2**(n - 1), h, w) of each stage n asked for, from (B, 3, H, W)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from codetr.backbones.backbone import Backbone, drop_path_rates
+from codetr.backbones.backbone import Backbone, drop_path_rates, init_linears
 from codetr.backbones.names import eva_names, rename
 from codetr.backbones.pretrained import load_weights, pretrained_state
 from codetr.config import VitConfig
@@ -68,11 +68,7 @@ class VitBody(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """One (B, width, H / 16, W / 16) map from (B, 3, H, W)."""

@@ -7,44 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codetr.boxes import decode_deltas
 from codetr.config import AtssConfig
 from codetr.distributed import normaliser
-from codetr.heads.anchors import Anchors, anchors_for
 from codetr.heads.dense import centerness_targets
 from codetr.heads.head import HeadContext
-from codetr.heads.one_stage import OneStageHead, Prediction, count_positives
+from codetr.heads.one_stage import Prediction, count_positives
+from codetr.heads.square_anchors import SquareAnchorHead
 from codetr.losses import binary_cross_entropy, giou_loss
-from codetr.matching.atss import match_atss
 from codetr.matching.max_iou import IGNORED
-from codetr.matching.objects import pad_objects
-from codetr.structures import Size, Targets
-
-STDS = (0.1, 0.1, 0.2, 0.2)
+from codetr.structures import Targets
 
 
-class AtssHead(OneStageHead):
+class AtssHead(SquareAnchorHead):
     """Anchor-based one-stage head with adaptive assignment and centerness (ATSS)."""
 
     config: AtssConfig
 
     def __init__(self, config: AtssConfig, context: HeadContext) -> None:
         super().__init__(config, context, quality=True)
-
-    def anchors(self, pyramid: Sequence[Tensor]) -> Anchors:
-        return anchors_for(pyramid, self.strides, [self.config.anchor_scale])
-
-    def decode(self, anchors: Tensor, strides: Tensor, deltas: Tensor) -> Tensor:  # noqa: ARG002
-        return decode_deltas(anchors, deltas, STDS)
-
-    def assign(
-        self, prediction: Prediction, sizes: Sequence[Size], targets: Sequence[Targets]
-    ) -> Tensor:
-        objects, _ = pad_objects(targets)
-        anchors = prediction.anchors
-        return match_atss(
-            anchors.boxes, anchors.counts, anchors.valid(sizes), objects, self.config.topk
-        )
 
     def _losses(
         self, prediction: Prediction, assigned: Tensor, targets: Sequence[Targets]

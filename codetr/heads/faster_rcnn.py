@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from codetr.config import FasterRcnnConfig, MaskRcnnConfig
+from codetr.config import TwoStageConfig
 from codetr.heads.head import Head, HeadContext
 from codetr.heads.rcnn import Rcnn, RoiOutput, RoiSamples
 from codetr.heads.rpn import Rpn
@@ -19,9 +19,9 @@ class FasterRcnnHead(Head):
     RCNN reads all levels but the coarsest, and its positives are the sampled proposals.
     """
 
-    config: FasterRcnnConfig | MaskRcnnConfig
+    config: TwoStageConfig
 
-    def __init__(self, config: FasterRcnnConfig | MaskRcnnConfig, context: HeadContext) -> None:
+    def __init__(self, config: TwoStageConfig, context: HeadContext) -> None:
         super().__init__()
         self.config = config
         self.rpn = Rpn(config.rpn, context.channels, context.strides)

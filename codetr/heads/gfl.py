@@ -10,20 +10,18 @@ from torch import Tensor
 from codetr.boxes import decode_distances, encode_distances, iou
 from codetr.config import GflConfig
 from codetr.distributed import normaliser
-from codetr.heads.anchors import Anchors, anchors_for
 from codetr.heads.head import HeadContext
-from codetr.heads.one_stage import OneStageHead, Prediction, count_positives
+from codetr.heads.one_stage import Prediction, count_positives
+from codetr.heads.square_anchors import SquareAnchorHead
 from codetr.losses import distribution_focal_loss, giou_loss, quality_focal_loss
-from codetr.matching.atss import match_atss
 from codetr.matching.max_iou import IGNORED
-from codetr.matching.objects import pad_objects
-from codetr.structures import Size, Targets
+from codetr.structures import Targets
 
 MARGIN = 0.1
 """Distances are learned up to the last bin less this: both bins around them exist."""
 
 
-class GflHead(OneStageHead):
+class GflHead(SquareAnchorHead):
     """ATSS's assignment; class scores that predict IoU, and a distribution for each side.
 
     A side's distance from the anchor's centre, in strides, is the mean of its distribution over
@@ -35,23 +33,11 @@ class GflHead(OneStageHead):
     def __init__(self, config: GflConfig, context: HeadContext) -> None:
         super().__init__(config, context, values=4 * (config.bins + 1))
 
-    def anchors(self, pyramid: Sequence[Tensor]) -> Anchors:
-        return anchors_for(pyramid, self.strides, [self.config.anchor_scale])
-
     def decode(self, anchors: Tensor, strides: Tensor, deltas: Tensor) -> Tensor:
         bins = torch.arange(self.config.bins + 1, device=deltas.device, dtype=torch.float32)
         means = deltas.float().unflatten(-1, (4, -1)).softmax(-1) @ bins
         centres = (anchors[..., :2] + anchors[..., 2:]) / 2
         return decode_distances(centres, means * strides[..., None])
-
-    def assign(
-        self, prediction: Prediction, sizes: Sequence[Size], targets: Sequence[Targets]
-    ) -> Tensor:
-        objects, _ = pad_objects(targets)
-        anchors = prediction.anchors
-        return match_atss(
-            anchors.boxes, anchors.counts, anchors.valid(sizes), objects, self.config.topk
-        )
 
     def _losses(
         self, prediction: Prediction, assigned: Tensor, targets: Sequence[Targets]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, sigmoid_focal_loss
 
-from codetr.boxes import EPS, decode_deltas, generalised_iou, iou, pairwise_iou
+from codetr.boxes import EPS, generalised_iou, iou, pairwise_iou
 from codetr.config import PaaConfig
 from codetr.distributed import normaliser
-from codetr.heads.anchors import Anchors, anchors_for
-from codetr.heads.atss import STDS
+from codetr.heads.anchors import Anchors
 from codetr.heads.dense import nms_by_class, top_per_level
 from codetr.heads.head import HeadContext
-from codetr.heads.one_stage import OneStageHead, Prediction
+from codetr.heads.one_stage import Prediction
+from codetr.heads.square_anchors import SquareAnchorHead
 from codetr.losses import binary_cross_entropy, giou_loss, one_hot
 from codetr.matching.max_iou import IGNORED, match_anchors
 from codetr.matching.objects import pad_objects
@@ -28,19 +28,13 @@ VOTE_IOU, VOTE_VARIANCE = 0.01, 0.025
 """Score voting (section 3.3): least overlap of a voter, and how fast votes fade with it."""
 
 
-class PaaHead(OneStageHead):
+class PaaHead(SquareAnchorHead):
     """Anchors are positive if the head itself does well on them, and its IoU is predicted."""
 
     config: PaaConfig
 
     def __init__(self, config: PaaConfig, context: HeadContext) -> None:
         super().__init__(config, context, quality=True)
-
-    def anchors(self, pyramid: Sequence[Tensor]) -> Anchors:
-        return anchors_for(pyramid, self.strides, [self.config.anchor_scale])
-
-    def decode(self, anchors: Tensor, strides: Tensor, deltas: Tensor) -> Tensor:  # noqa: ARG002
-        return decode_deltas(anchors, deltas, STDS)
 
     def assign(
         self, prediction: Prediction, sizes: Sequence[Size], targets: Sequence[Targets]

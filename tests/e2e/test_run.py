@@ -1,5 +1,6 @@
 """``codetr run`` as its users run it: real Ray, real MLflow, real training on a few images."""
 
+import json
 import os
 import re
 import signal
@@ -30,7 +31,8 @@ heads:
   faster_rcnn:
     rpn: {samples: 32, train_nms_pre: 50, test_nms_pre: 50, keep: 20}
     rcnn: {samples: 16, fc_dim: 16, finest_scale: 24}
-training: {epochs: 3, batch_size: 4, learning_rate: 1.0e-3, drop_epochs: [2]}
+training: {epochs: 3, batch_size: 4, learning_rate: 1.0e-3, drop_epochs: [2],
+           evaluate_branches: true}
 data: {short_sides: [], crop: false}
 arms:
   "K=0": {detector: {heads: []}, paper: {heads: []}}
@@ -127,6 +129,11 @@ def check_tracking(laboratory: Laboratory) -> None:
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         for metric in ("train/total", "val/AP", "cost/seconds_per_step"):
             assert [m.step for m in client.get_metric_history(run_id, metric)] == [1, 2, 3]
+        branches = {key.split("/")[1] for key in run.data.metrics if key.startswith("branch/")}
+        assert branches == ({"atss", "faster_rcnn"} if run.data.tags["k"] == "2" else set())
+        for branch in branches:
+            history = client.get_metric_history(run_id, f"branch/{branch}/AP")
+            assert [m.step for m in history] == [3]
         artifacts = {file.path for file in client.list_artifacts(run_id)}
         assert artifacts == {"config.yaml", "curves.png", "per_class_AP.csv", "predictions.json"}
     artifacts = {file.path for file in client.list_artifacts(parents[0].info.run_id)}
@@ -147,6 +154,12 @@ def test_eval_and_predict_use_what_was_trained(laboratory):
     done = call("eval", checkpoint, "--data", "digits", "--json", "metrics.json")
     assert "APl" not in done.stdout
     assert "AP_small" in done.stdout, done.stderr
+    (k2,) = (row for row in laboratory.rows() if row["arm"] == "K=2")
+    for branch in ("atss", "faster_rcnn"):  # as two workers have measured them together
+        where = ("--data", laboratory.folder / "digits", "--branch", branch)
+        done = call("eval", checkpoint, *where, "--json", "branch.json")
+        summary = json.loads((laboratory.folder / "branch.json").read_text())["summary"]
+        assert 100 * summary["AP"] == pytest.approx(float(k2[f"{branch}_AP"]), abs=0.01)
     done = call("predict", checkpoint, image, image, "--output", "found")
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (laboratory.folder / "found").iterdir())

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,78 @@ def test_the_command_that_is_recommended_can_be_typed(monkeypatch):
     assert cli._this_command() == "codetr"
     assert cli._output_option(Path("runs").absolute()) == ""
     assert cli._output_option(Path("/x")) == " --output /x"
+
+
+EXPERIMENT = """
+question: Does it start?
+extends: ablation-k
+paper: {{table: table11_every_branch, row: {{branch: query}}}}
+arms:
+  only: {arm}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # an unknown head or key
+        ("{detector: {heads: [atsss]}}", "unknown head 'atsss'; did you mean 'atss'?"),
+        (("{}", "heads=[fcoss]"), "unknown head 'fcoss'; did you mean 'fcos'?"),
+        (("{}", "heads=[{kind: atss}]"), "a head without 'type'"),
+        (("{}", "heads=[2]"), "unknown head '2'; valid: atss, "),
+        (("{}", "heads=2"), "heads must be a list, for example [atss, faster_rcnn]"),
+        (("{}", "heads=[{type: atss, topkk: 3}]"), "heads.0: unknown key 'topkk'; did you mean"),
+        (("{}", "heads=[atss]", "atss.topkk=3"), "did you mean 'heads.atss.topk'?"),
+        ("{heads: {atsss: {topk: 3}}}", "heads: no head 'atsss'; did you mean 'atss'?"),
+        ("{heads: {gfl: {binss: 3}}}", "heads.gfl: unknown key 'binss'; did you mean 'bins'?"),
+        ("{detector: {headss: [atss]}}", "unknown key 'headss'; did you mean 'heads'?"),
+        ("{training: {epoch: 3}}", "training: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("{detectors: {heads: [atss]}}", "unknown key 'detectors'; did you mean 'detector'?"),
+        # weights that are none
+        ("{detector: {lambda_1: -1}}", "lambda_1: Input should be greater than or equal to 0"),
+        (("{}", "lambda_2=-0.1"), "lambda_2: Input should be greater than or equal to 0"),
+        (("{}", "lambda_1=.nan"), "lambda_1: Input should be a finite number"),
+        (("{}", "lambda_2=.inf"), "lambda_2: Input should be a finite number"),
+        (("{}", "atss.giou_weight=-1"), "giou_weight: Input should be greater than or equal to 0"),
+        # strides and levels
+        (("{}", "levels=2"), "transformer.levels=2 is fewer than the 3 backbone.stages"),
+        (("{}", "backbone.stages=[3, 2]"), "stages must be increasing numbers of 1 to 4"),
+        (("{}", "backbone.stages=[4, 5]"), "stages must be increasing numbers of 1 to 4"),
+        (("{}", "attention=conditional"), "set transformer.levels=1 and backbone.stages=[4]"),
+        (
+            "{detector: {heads: [atss], backbone: {stages: [1]}, "
+            "transformer: {attention: conditional, levels: 1}}}",
+            "the heads' pyramid has strides 8, 16, 32, 64, 128",
+        ),
+        # K beside another number of heads
+        ("{detector: {k: 2, heads: [atss]}}", "k=2 disagrees with 'heads', of which there are"),
+        ("{detector: {k: 1}}", "k=1 disagrees with 'heads', of which there are 0"),
+        (("{detector: {k: 1, heads: [atss]}}", "heads=[]"), "k=1 disagrees with 'heads'"),
+        ("{detector: {heads: [atss]}, paper: {k: 2}}", "paper.k=2 disagrees"),
+        (("{}", "k=2"), "K is the number of heads: set heads, as heads=[atss]"),
+        (("{}", "detector.K=2"), "K is the number of heads: set heads, as heads=[atss]"),
+    ],
+)
+def test_a_bad_configuration_starts_no_trial(command, given, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.runner.run_plan", lambda *_: pytest.fail("it started"))
+    arm, *settings = [given] if isinstance(given, str) else given
+    file = tmp_path / "mine.yaml"
+    file.write_text(EXPERIMENT.format(arm=arm))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("run", file, *(word for s in settings for word in ("--set", s)))
+    assert code == 2
+    assert err.startswith("codetr: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_k_may_stand_beside_as_many_heads(command, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(EXPERIMENT.format(arm="{detector: {k: 1, heads: [atss]}, paper: {k: 1}}"))
+    code, out, _ = command("run", file, "--dry-run")
+    assert code == 0
+    assert re.search(r"only +1 +atss", out)
 
 
 def test_a_mask_head_without_masks_starts_no_trial(command, coco_folder, tmp_path):

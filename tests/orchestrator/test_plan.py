@@ -89,6 +89,18 @@ def test_identity_is_what_is_learned():
     assert not set(base) & set(ids(seeds=(1,)))
 
 
+def test_a_trial_keeps_its_identity_from_version_to_version():
+    assert ids() == ["5a51eeb655", "1d5ae49750", "caea7aca35"]
+
+
+def test_identity_tells_whether_heads_are_measured_on_their_own():
+    """Or the trial of another experiment, which did not, would be taken for this one's."""
+    plain, branches = ids(), ids(settings=("evaluate_branches=true",))
+    assert plain == ids(settings=("evaluate_branches=false",))
+    assert branches[0] == plain[0]  # K = 0 has none
+    assert not set(branches[1:]) & set(plain)
+
+
 def test_identity_is_the_same_in_another_process():
     code = (
         "from orchestrator.experiment import load_experiment as l\n"

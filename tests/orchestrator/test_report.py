@@ -7,8 +7,11 @@ from PIL import Image
 from trial_samples import sample_plan, sample_results
 
 from codetr.config import DetectorConfig
+from orchestrator.experiment import load_experiment
 from orchestrator.pictures import draw_ap_by_arm, draw_ap_by_epoch, draw_curves
+from orchestrator.plan import Options, make_plan
 from orchestrator.report import (
+    branch_table,
     csv_table,
     markdown,
     summary_table,
@@ -56,6 +59,52 @@ def test_lvis_numbers_have_columns_of_their_own(plan):
     results[0].history[-1].values["val/APr"] = 0.05
     assert "APr" in csv_table(results).splitlines()[0]
     assert row(results[0])["APr"] == 5.0
+
+
+def branch_results(tmp_path):
+    """Of the shipped experiment; a head's AP after the last epoch: 0.2 + 0.1 K + 0.01 its place."""
+    plan = make_plan(load_experiment("branches"), Options(output=tmp_path, seeds=(0, 1)))
+    results = sample_results(plan)
+    for result in results:
+        for place, name in enumerate(result.trial.detector.head_names):
+            ap = 0.2 + 0.1 * result.trial.detector.k + 0.01 * place
+            result.history[-1].values[f"branch/{name}/AP"] = ap
+    return plan, results
+
+
+def test_every_branch_stands_beside_the_papers_table_11(tmp_path):
+    plan, results = branch_results(tmp_path)
+    first, last = "K=1 ATSS", "K=2 ATSS + Faster R-CNN"
+    assert branch_table(results) == [
+        ["branch", "arm", "AP", "gain", "paper's AP", "paper's gain"],
+        ["query", "K=0", "10.5 (10.0–11.0)", "–", "47.1", "–"],
+        ["query", first, "20.5 (20.0–21.0)", "+10.0", "48.7", "+1.6"],
+        ["query", last, "30.5 (30.0–31.0)", "+20.0", "49.5", "+2.4"],
+        ["atss", first, "30.0 (30.0–30.0)", "–", "47.4", "–"],
+        ["atss", last, "40.0 (40.0–40.0)", "+10.0", "48.0", "+0.6"],
+        ["faster_rcnn", last, "41.0 (41.0–41.0)", "–", "46.7", "–"],
+    ]
+    text = markdown(plan, results)
+    assert text.count(f"| faster_rcnn | {last} | 41.0") == 1
+    assert "| --- | --- | ---: | ---: | ---: | ---: |" in text
+    rows = list(csv.DictReader(csv_table(results).splitlines()))
+    assert [r["atss_AP"] for r in rows] == ["", "", "30.0", "30.0", "40.0", "40.0"]
+    assert (rows[4]["paper_atss_AP"], rows[4]["paper_faster_rcnn_AP"]) == ("48.0", "46.7")
+    assert [r["paper_AP"] for r in rows[::2]] == ["47.1", "48.7", "49.5"]
+
+
+def test_a_branch_that_was_not_reached_has_no_number(tmp_path):
+    _, results = branch_results(tmp_path)
+    results[4:] = [replace(r, history=r.history[:2], state="interrupted") for r in results[4:]]
+    *_, last = branch_table(results)
+    assert last == ["faster_rcnn", "K=2 ATSS + Faster R-CNN", "–", "–", "46.7", "–"]
+
+
+def test_who_does_not_measure_branches_sees_nothing_of_them(plan):
+    results = sample_results(plan)
+    assert branch_table(results) == []
+    assert "Branches" not in markdown(plan, results)
+    assert "atss_AP" not in csv_table(results)
 
 
 def test_gains_are_over_the_first_arm_beside_the_papers(plan):

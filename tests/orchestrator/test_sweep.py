@@ -106,6 +106,18 @@ def test_mistakes(tmp_path, name, given, message):
         sample_sweep(tmp_path, name, **given)
 
 
+@pytest.mark.parametrize("heads", ["[[atss, atss]]", "[[atss], []]"])
+def test_k_is_the_number_of_heads(tmp_path, heads):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "question: Which?\nextends: ablation-k\nspace:\n"
+        "  - {name: K, setting: null, values: [0, 1]}\n"
+        f"  - {{name: head, setting: heads, when: {{K: [1]}}, values: {heads}}}\n"
+    )
+    with pytest.raises(ConfigError, match="K=1 disagrees with the heads, of which"):
+        sample_sweep(tmp_path, str(file))
+
+
 def test_only_the_same_sweep_goes_on_in_a_folder(tmp_path):
     sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
     require_same_sweep(sweep)
