@@ -51,6 +51,9 @@ _WITHOUT_EFFECT = {
 }
 """Settings that do not change what is learned; the data set is known by its fingerprint."""
 
+_LATER = {"training": {"ema", "ema_warmup"}}
+"""Settings that came later: at their defaults they change nothing, and trials keep their names."""
+
 
 class Trial(Strict):
     """One arm with one seed: what one Ray Train job trains."""
@@ -73,9 +76,9 @@ class Trial(Strict):
             "version": IDENTITY_VERSION,
             "seed": self.seed,
             "fingerprint": self.facts.fingerprint,
-            "detector": self.detector.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT["training"]),
-            "data": self.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT["data"]),
+            "detector": _identity("detector", self.detector),
+            "training": _identity("training", self.training),
+            "data": _identity("data", self.data),
         }
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
@@ -98,6 +101,15 @@ class Trial(Strict):
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.training.epochs
+
+
+def _identity(section: str, config: Strict) -> dict[str, Any]:
+    """The values that tell a trial from others."""
+    values = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(section))
+    for name in _LATER.get(section, ()):
+        if getattr(config, name) == type(config).model_fields[name].default:
+            del values[name]
+    return values
 
 
 Rerun = Literal["failed", "all", "none"]

@@ -285,7 +285,11 @@ class _Training:
             self.tell(Progress("evaluating", epoch, report.steps))
             val_loader = self.build_loader(self.val_set, training=False)
             evaluation = evaluate(
-                state.model, val_loader, self.val_set, self.trial.data.engine, record_matches=True
+                state.evaluated,
+                val_loader,
+                self.val_set,
+                self.trial.data.engine,
+                record_matches=True,
             )
             state.metrics = evaluation.metrics.summary
             state.cost = state.cost + evaluation.cost

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from codetr.config import ConfigError
+from codetr.config import ConfigError, DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import DataError
 from orchestrator.experiment import load_experiment
+from orchestrator.facts import DataFacts
 from orchestrator.plan import Options, Plan, Trial, make_plan, slug
 
 
@@ -70,6 +71,23 @@ def test_the_paper_profile_does_not_fall_back_to_cpus_unasked(coco_folder):
     with pytest.raises(ConfigError, match="--gpus-per-worker 0"):
         plan(**options)
     assert plan(**options, gpus_per_worker=0).resources.workers == 2
+
+
+def test_settings_that_came_later_rename_no_trial():
+    """What was trained before is found again: this was the identity before there was ``ema``."""
+    trial = Trial(
+        arm="x",
+        seed=0,
+        detector=DetectorConfig.model_validate({"heads": ["atss", "mask_rcnn"]}),
+        training=TrainingConfig(),
+        data=DataConfig(),
+        facts=DataFacts(classes=10, train_images=2, val_images=1, fingerprint="f"),
+    )
+    assert trial.id == "405e1a2dbd"
+    for settings in ({"ema": True}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": 7}):
+        training = TrainingConfig.model_validate(settings)
+        assert trial.model_copy(update={"training": training}).id != trial.id
+    assert len({*ids(), *ids(settings=("ema=true",)), *ids(settings=("ema=0.9",))}) == 9
 
 
 def test_arms_times_seeds():
