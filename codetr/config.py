@@ -472,6 +472,10 @@ class TrainingConfig(Strict):
     """One training run (section 4.1; method.md 63). The batch size is global: it belongs to the
     experiment, however many workers share it."""
 
+    start_from: Path | None = None
+    """Weights of a whole detector to start from, as fine-tuning does: a file of 'codetr convert',
+    or a training's checkpoint. Layers for another number of classes are new; all others must fit.
+    None: the backbone's weights alone."""
     epochs: PositiveInt = 12
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 2e-4

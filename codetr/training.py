@@ -49,7 +49,9 @@ from codetr.randomness import (
     restore_generators,
     seed_everything,
 )
+from codetr.start import Start, load_start
 from codetr.structures import Detections, ImageBatch, LossOutput, Targets
+from codetr.weights import load_weights
 
 if TYPE_CHECKING:
     from codetr.metrics import Metrics
@@ -169,6 +171,7 @@ class TrainingState:
         cost: of all of them and of their evaluations.
         metrics: of the last evaluation.
         average: of the model's weights; None without ``training.ema``.
+        started: what it began with; None without ``training.start_from``.
     """
 
     model: CoDETR
@@ -185,6 +188,7 @@ class TrainingState:
     cost: Cost = field(default_factory=Cost)
     metrics: dict[str, float] = field(default_factory=dict)
     average: AveragedModel | None = None
+    started: Start | None = None
 
     @classmethod
     def start(
@@ -198,9 +202,17 @@ class TrainingState:
         steps_per_epoch: int,
         device: torch.device,
     ) -> Self:
-        """An untrained detector; its weights depend on the seed alone, not on the data's order."""
+        """An untrained detector; its weights depend on the seed alone, not on the data's order, or
+        are those of ``training.start_from``.
+
+        Raises:
+            CheckpointError: these cannot be read, or are of another detector.
+        """
+        weights = load_weights(training.start_from) if training.start_from else None
         seed_everything(seed, INITIALISATION)
-        model = CoDETR(detector).to(device)
+        model = CoDETR(without_download(detector) if weights else detector)
+        started = load_start(model, weights) if weights else None
+        model.to(device)
         optimizer = build_optimizer(model, training)
         return cls(
             model=model,
@@ -213,6 +225,7 @@ class TrainingState:
             seed=seed,
             parts=training.accumulate,
             average=begin_average(model, training),
+            started=started,
         )
 
     @property
