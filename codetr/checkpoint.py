@@ -47,7 +47,9 @@ class Checkpoint:
     """A training between two steps, with all that continues or evaluates it.
 
     Attributes:
-        model, optimizer, schedule: state dicts.
+        model, optimizer, schedule: state dicts; the model's are the weights to be used.
+        trained: the weights that training goes on from, where those to be used are their average
+            (``training.ema``).
         epoch, step: finished epochs and optimiser steps.
         seed: with the epoch all there is of randomness: every epoch seeds its own generators.
         partial: what was done of the epoch after those; None between two epochs.
@@ -71,6 +73,7 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     partial: PartialEpoch | None = None
+    trained: dict[str, Tensor] | None = None
     source: str = "this checkpoint"
 
     @property
@@ -88,6 +91,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content = {
         "format": FORMAT,
         "model": checkpoint.model,
+        "trained": checkpoint.trained,
         "optimizer": checkpoint.optimizer,
         "schedule": checkpoint.schedule,
         "epoch": checkpoint.epoch,

@@ -360,10 +360,18 @@ class DetectorConfig(Strict):
 # --------------------------------------------------------------------------- training and the data
 
 
+EMA_DECAY = 0.9999
+"""Of ``training.ema: true``: the original's for the record model."""
+
+
 class TrainingConfig(Strict):
     """One training run (section 4.1; method.md 63). The batch size is global: it belongs to the
     experiment, however many workers share it."""
 
+    start_from: Path | None = None
+    """Weights of a whole detector to start from, as fine-tuning does: a file of 'codetr convert',
+    or a training's checkpoint. Layers for another number of classes are new; all others must fit.
+    None: the backbone's weights alone."""
     epochs: PositiveInt = 12
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 2e-4
@@ -383,6 +391,12 @@ class TrainingConfig(Strict):
     drop_epochs: tuple[PositiveInt, ...] = (11,)
     """The learning rate is multiplied by ``drop_factor`` after each of these epochs."""
     drop_factor: PositiveFloat = 0.1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay, at each step, of an exponential moving average of the weights, which is evaluated and
+    used in their place (supplementary B); None: no average. ``true``: the record model's 0.9999."""
+    ema_warmup: NonNegativeInt = 2000
+    """The average begins as the weights themselves; its decay comes near ``ema`` in so many steps.
+    0: it is that from the beginning. Both as the original's."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that supports it, else fp32."""
     evaluate_every: PositiveInt = 1
@@ -394,6 +408,11 @@ class TrainingConfig(Strict):
     forward passes, the same gradients. At most the worker's images, if given more."""
     loader_workers: NonNegativeInt = 0
     """Processes that load images, for each training worker."""
+
+    @field_validator("ema", mode="before")
+    @classmethod
+    def _ema_on_or_off(cls, ema: Any) -> Any:
+        return {True: EMA_DECAY, False: None}[ema] if isinstance(ema, bool) else ema
 
     def require_fitting(self, detector: DetectorConfig) -> None:
         """Raise a ConfigError if the detector cannot be trained so."""

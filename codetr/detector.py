@@ -41,6 +41,7 @@ from codetr.transformer import Decoder, DenseEncoder, Encoder
 if TYPE_CHECKING:
     from codetr.data import Classes
     from codetr.inference import ImageLike
+    from codetr.tta import TTA
 
 
 class CoDETR(nn.Module):
@@ -151,6 +152,7 @@ class CoDETR(nn.Module):
         batch_size: int = 8,
         branch: str = QUERY,
         precision: Literal["fp32", "bf16"] = "fp32",
+        tta: TTA | None = None,
     ) -> list[Detections]:
         """Detect in images of any kinds and sizes, on the device that the model is on.
 
@@ -162,6 +164,7 @@ class CoDETR(nn.Module):
                 sees at the same size do, so that no image's result depends on the others.
             branch: see :meth:`detect`.
             precision: bf16 computes in bfloat16 where autocast holds that to be safe.
+            tta: show each image in several sizes and mirrored, and merge what is found.
 
         Returns:
             One entry for each image, in their order, on the CPU; boxes in pixels of that image.
@@ -172,7 +175,9 @@ class CoDETR(nn.Module):
         """
         from codetr.inference import detect_all
 
-        return detect_all(self, images, batch_size=batch_size, branch=branch, precision=precision)
+        return detect_all(
+            self, images, batch_size=batch_size, branch=branch, precision=precision, tta=tta
+        )
 
     def forward(
         self, batch: ImageBatch, targets: list[Targets] | None = None

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from codetr.data.transforms import build_canvas, build_transform
 from codetr.detector import CoDETR
 from codetr.queries.selection import QUERY
 from codetr.structures import Detections, ImageBatch, Size, Targets
+from codetr.tta import TTA, merged
 
 T = TypeVar("T")
 ImageLike = Image.Image | Path | str | NDArray[np.uint8] | Tensor
@@ -86,6 +87,7 @@ def predict(
     batch_size: int = 1,
     branch: str = QUERY,
     precision: Precision = "fp32",
+    tta: TTA | None = None,
 ) -> Iterator[Prediction]:
     """Detect in image files of any kind, in their order.
 
@@ -96,6 +98,7 @@ def predict(
         batch_size: images that go through the model together, if it sees them at the same size.
         branch: see :meth:`CoDETR.detect`.
         precision: see :meth:`CoDETR.predict`.
+        tta: see :meth:`CoDETR.predict`.
 
     Raises:
         DataError: a file is missing or is no image; names it.
@@ -103,7 +106,7 @@ def predict(
     for some in _windows(paths, batch_size):
         images = [pixels_of(path) for path in some]
         found = _detect_each(
-            model, images, data, batch_size=batch_size, branch=branch, precision=precision
+            model, images, data, batch_size=batch_size, branch=branch, precision=precision, tta=tta
         )
         yield from map(Prediction, some, images, found)
 
@@ -115,6 +118,7 @@ def detect_all(
     batch_size: int = 8,
     branch: str = QUERY,
     precision: Precision = "fp32",
+    tta: TTA | None = None,
 ) -> list[Detections]:
     """See :meth:`CoDETR.predict`."""
     if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
@@ -126,7 +130,13 @@ def detect_all(
         for some in _windows(images, batch_size):
             pixels = [pixels_of(image) for image in some]
             found += _detect_each(
-                model, pixels, model.data, batch_size=batch_size, branch=branch, precision=precision
+                model,
+                pixels,
+                model.data,
+                batch_size=batch_size,
+                branch=branch,
+                precision=precision,
+                tta=tta,
             )
         return found
     finally:
@@ -177,7 +187,66 @@ def _windows(images: Iterable[T], batch_size: int) -> Iterator[list[T]]:
         yield some
 
 
+def detect_in(
+    model: CoDETR,
+    dataset: CocoDataset,
+    data: DataConfig,
+    *,
+    tta: TTA,
+    batch_size: int = 8,
+    branch: str = QUERY,
+) -> dict[int, Detections]:
+    """Detections in every image of a data set by its id, in pixels of its file, as
+    :func:`codetr.metrics.evaluate` takes them; with augmentation at test time.
+
+    Args:
+        model: in evaluation mode.
+        dataset: the images; its transform is not used.
+        data: says how images are resized and normalised.
+        tta: the views.
+        batch_size, branch: see :func:`predict`.
+    """
+    originals = copy(dataset)
+    originals.transform = None
+    found: dict[int, Detections] = {}
+    for some in _windows(range(len(originals)), batch_size):
+        images, targets = zip(*(originals[index] for index in some), strict=True)
+        detections = _detect_each(
+            model, images, data, batch_size=batch_size, branch=branch, precision="fp32", tta=tta
+        )
+        found |= {t.image_id: each for t, each in zip(targets, detections, strict=True)}
+    return found
+
+
 def _detect_each(
+    model: CoDETR,
+    images: Sequence[Tensor],
+    data: DataConfig,
+    *,
+    batch_size: int,
+    branch: str,
+    precision: Precision,
+    tta: TTA | None,
+) -> list[Detections]:
+    """Detections of each (3, H, W) uint8 image, merged of all views that ``tta`` asks for."""
+    options: dict[str, Any] = {"batch_size": batch_size, "branch": branch, "precision": precision}
+    if tta is None:
+        return _detect_once(model, images, data, **options)
+    found: list[list[Detections]] = [[] for _ in images]
+    for view in tta.views(data):
+        shown = [view.show(image) for image in images]
+        seen = _detect_once(model, shown, view.resizing, **options)
+        for views, detections, inside, image in zip(found, seen, shown, images, strict=True):
+            views.append(view.in_image(detections, _size(inside), _size(image)))
+    keep = model.config.max_detections
+    return [merged(views, iou=tta.iou, keep=keep) for views in found]
+
+
+def _size(image: Tensor) -> Size:
+    return (image.shape[1], image.shape[2])
+
+
+def _detect_once(
     model: CoDETR,
     images: Sequence[Tensor],
     data: DataConfig,
@@ -192,14 +261,14 @@ def _detect_each(
     inputs = [transform(tv_tensors.Image(image)).as_subclass(Tensor) for image in images]
     of_size: dict[Size, list[int]] = {}
     for index, pixels in enumerate(inputs):
-        of_size.setdefault((pixels.shape[1], pixels.shape[2]), []).append(index)
+        of_size.setdefault(_size(pixels), []).append(index)
     device = next(model.parameters()).device
     found: dict[int, Detections] = {}
     for together in of_size.values():
         for start in range(0, len(together), batch_size):
             chosen = together[start : start + batch_size]
             batch, _ = collate([(inputs[index], _NOTHING) for index in chosen], canvas)
-            sizes = [(images[index].shape[1], images[index].shape[2]) for index in chosen]
+            sizes = [_size(images[index]) for index in chosen]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 found |= zip(chosen, detect(model, batch, sizes, branch), strict=True)
     return [found[index] for index in range(len(images))]

@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
+from codetr.averaging import advance_average, begin_average
 from codetr.checkpoint import Checkpoint, CheckpointError, PartialEpoch, without_download
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.cost import Cost, CostMeter
@@ -47,7 +49,9 @@ from codetr.randomness import (
     restore_generators,
     seed_everything,
 )
+from codetr.start import Start, load_start
 from codetr.structures import Detections, ImageBatch, LossOutput, Targets
+from codetr.weights import load_weights
 
 if TYPE_CHECKING:
     from codetr.metrics import Metrics
@@ -166,6 +170,8 @@ class TrainingState:
         partial: what was done of the epoch after those.
         cost: of all of them and of their evaluations.
         metrics: of the last evaluation.
+        average: of the model's weights; None without ``training.ema``.
+        started: what it began with; None without ``training.start_from``.
     """
 
     model: CoDETR
@@ -181,6 +187,8 @@ class TrainingState:
     partial: PartialEpoch | None = None
     cost: Cost = field(default_factory=Cost)
     metrics: dict[str, float] = field(default_factory=dict)
+    average: AveragedModel | None = None
+    started: Start | None = None
 
     @classmethod
     def start(
@@ -195,13 +203,20 @@ class TrainingState:
         device: torch.device,
         class_images: Sequence[int] | None = None,
     ) -> Self:
-        """An untrained detector; its weights depend on the seed alone, not on the data's order.
+        """An untrained detector; its weights depend on the seed alone, not on the data's order, or
+        are those of ``training.start_from``.
 
         Args:
             class_images: how many training images have each class, for federated loss.
+
+        Raises:
+            CheckpointError: the weights to start from cannot be read, or are of another detector.
         """
+        weights = load_weights(training.start_from) if training.start_from else None
         seed_everything(seed, INITIALISATION)
-        model = CoDETR(detector).to(device)
+        model = CoDETR(without_download(detector) if weights else detector)
+        started = load_start(model, weights) if weights else None
+        model.to(device)
         if detector.query_loss.federated.enabled and class_images is not None:
             model.federated.learn(class_images)
         optimizer = build_optimizer(model, training)
@@ -215,11 +230,18 @@ class TrainingState:
             classes=classes,
             seed=seed,
             parts=training.accumulate,
+            average=begin_average(model, training),
+            started=started,
         )
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def evaluated(self) -> CoDETR:
+        """What is to be evaluated and used: the average, or the model itself if there is none."""
+        return self.model if self.average is None else cast(CoDETR, self.average.module)
 
     @property
     def step(self) -> int:
@@ -256,7 +278,8 @@ class TrainingState:
     def checkpoint(self) -> Checkpoint:
         """What a training continues from. Equal on all ranks; one of them should save it."""
         return Checkpoint(
-            model=self.model.state_dict(),
+            model=self.evaluated.state_dict(),
+            trained=self.model.state_dict() if self.average is not None else None,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             epoch=self.epoch,
@@ -279,7 +302,12 @@ class TrainingState:
             DataError: its classes are not those of the training data.
         """
         self._require_same_training(checkpoint)
-        self.model.load_state_dict(checkpoint.model)
+        if self.average is not None and checkpoint.trained is not None:
+            self.model.load_state_dict(checkpoint.trained)
+            self.average.module.load_state_dict(checkpoint.model)
+            self.average.n_averaged.fill_(checkpoint.step)
+        else:
+            self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.schedule.load_state_dict(checkpoint.schedule)
         self.epoch, self.metrics, self.cost = checkpoint.epoch, checkpoint.metrics, checkpoint.cost
@@ -289,6 +317,11 @@ class TrainingState:
         checkpoint.classes.require_same(self.classes, checkpoint.source, "the training data")
         theirs, ours = without_download(checkpoint.detector), without_download(self.model.config)
         differing = [name for name, value in ours if value != getattr(theirs, name)]
+        differing += [
+            f"training.{name}"
+            for name in ("ema", "ema_warmup")
+            if getattr(checkpoint.training, name) != getattr(self.training, name)
+        ]
         if checkpoint.seed != self.seed:
             differing.append("seed")
         if differing:
@@ -344,6 +377,8 @@ def train_epoch(
         learning_rate = float(state.schedule.get_last_lr()[0])
         state.optimizer.step()
         state.schedule.step()
+        if state.average is not None:
+            advance_average(state.average, state.model, state.step, config)
         report = progress.advance(values, learning_rate)
         if on_step:
             on_step(report)
@@ -353,6 +388,8 @@ def train_epoch(
             return None
 
     _broadcast_buffers(state.model)
+    if state.average is not None:
+        _broadcast_buffers(state.evaluated)
     epoch_report = progress.summary(meter.read())
     state.epoch, state.cost, state.partial = epoch, state.cost + epoch_report.cost, None
     return epoch_report

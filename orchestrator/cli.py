@@ -372,6 +372,16 @@ def evaluate(
     branch: BranchOption = "query",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option()] = "hotcoco",
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Merge what is found in several sizes, and mirrored.")
+    ] = False,
+    scales: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Sizes of --tta. Default: 0.75,1,1.25."),
+    ] = None,
+    flip: Annotated[
+        bool | None, typer.Option(help="Mirror with --tta. Default: if training did.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the metrics to this file.")
     ] = None,
@@ -380,10 +390,16 @@ def evaluate(
     from rich.console import Console
 
     from orchestrator.console import show_metrics
-    from orchestrator.use import evaluate_checkpoint
+    from orchestrator.use import augmentation, evaluate_checkpoint
 
     metrics = evaluate_checkpoint(
-        checkpoint, data, branch=branch, batch_size=batch_size, engine=engine, json_file=json_file
+        checkpoint,
+        data,
+        branch=branch,
+        batch_size=batch_size,
+        engine=engine,
+        tta=augmentation(tta, scales, flip),
+        json_file=json_file,
     )
     show_metrics(Console(highlight=False), metrics)
 

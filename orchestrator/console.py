@@ -143,10 +143,12 @@ def _data_text(trial: Trial) -> str:
 
 def _training_text(trial: Trial) -> str:
     training = trial.training
-    return (
+    text = (
         f"{training.epochs} epochs × {trial.steps_per_epoch} steps = {trial.steps} steps, global "
         f"batch {training.batch_size}, learning rate {training.learning_rate:g}"
     )
+    text += f", averaged weights (ema {training.ema:g})" if training.ema is not None else ""
+    return text + (f", starts from {training.start_from}" if training.start_from else "")
 
 
 def _resources_text(plan: Plan) -> str:

@@ -42,18 +42,21 @@ from orchestrator.experiment import (
 from orchestrator.facts import DataFacts, data_facts
 from orchestrator.schedule import in_epoch, resolved
 from orchestrator.settings import parse_settings
+from orchestrator.starting import with_start
 
 IDENTITY_VERSION = 1
 """Part of every trial's identity; to be raised when the same configuration trains differently."""
 
 _WITHOUT_EFFECT = {
-    "training": {"loader_workers", "accumulate", "evaluate_branches"},
+    "training": {"loader_workers", "accumulate", "evaluate_branches", "start_from"},
     "data": {"path", "engine"},
 }
-"""Settings that do not change what is learned; the data set is known by its fingerprint."""
+"""Settings that do not change what is learned; data set and weights to start from are known by
+their fingerprints."""
 
 _LATER = {
     "detector": ("query_loss.federated",),
+    "training": ("ema", "ema_warmup"),
     "data": ("jitter", "copy_paste", "repeat_threshold"),
 }
 """Settings that came later: at their defaults, and where a section of the data is not ``enabled``,
@@ -71,6 +74,8 @@ class Trial(Strict):
     facts: DataFacts
     schedule: Schedule = ()
     """What changes in the middle of training; ``detector`` and ``training`` are the beginning."""
+    start: str | None = None
+    """Fingerprint of ``training.start_from``."""
     paper_ap: float | None = None
     """In percent, what the paper reports for this arm."""
     paper_branch_aps: dict[str, float] = Field(default_factory=dict)
@@ -92,6 +97,8 @@ class Trial(Strict):
             identity["branches"] = True
         if self.schedule:
             identity["schedule"] = [change.model_dump(mode="json") for change in self.schedule]
+        if self.start is not None:
+            identity["start"] = self.start
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -294,6 +301,7 @@ def _trials(
             f"{facts.train_images} training images do not fill one batch: set "
             f"training.batch_size to at most that (now {training.batch_size})"
         )
+    training, start = with_start(detector, training)
     schedules = [layer.schedule for layer in (*layers, experiment.arms[arm])]
     given = next((schedule for schedule in reversed(schedules) if schedule is not None), ())
     schedule = resolved(given, detector, training, source)
@@ -310,6 +318,7 @@ def _trials(
             data=data,
             facts=facts,
             schedule=schedule,
+            start=start,
             paper_ap=paper_ap(experiment, arm),
             paper_branch_aps=paper_branch_aps(experiment, arm, detector.head_names),
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from codetr.detector import CoDETR
     from codetr.inference import Prediction
     from codetr.metrics import Metrics
+    from codetr.tta import TTA
     from codetr.weights import Weights
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -37,6 +38,7 @@ def evaluate_checkpoint(
     branch: str = "query",
     batch_size: int = 8,
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco",
+    tta: TTA | None = None,
     json_file: Path | None = None,
 ) -> Metrics:
     """Metrics of a checkpoint on the validation images of ``data``.
@@ -48,25 +50,56 @@ def evaluate_checkpoint(
         branch: ``query``, or an auxiliary head's name.
         batch_size: images that go through the model together.
         engine: what computes the metrics.
+        tta: augmentation at test time.
         json_file: where to write them too.
 
     Raises:
         CheckpointError, DataError, ConfigError: either cannot be used, or their classes differ.
     """
     from codetr.data import build_loader, open_dataset
+    from codetr.inference import detect_in
+    from codetr.metrics import evaluate as measure
     from codetr.training import evaluate
 
     trained, model = _load(checkpoint, branch)
-    dataset = open_dataset(data_config(trained.data, data), "val")
+    config = data_config(trained.data, data)
+    dataset = open_dataset(config, "val")
     dataset.classes.require_same(trained.classes, str(dataset.annotations), trained.source)
-    loader = build_loader(dataset, batch_size, training=False)
-    metrics = evaluate(model.to(device()), loader, dataset, engine, branch=branch).metrics
+    model.to(device())
+    if tta is None:
+        loader = build_loader(dataset, batch_size, training=False)
+        metrics = evaluate(model, loader, dataset, engine, branch=branch).metrics
+    else:
+        found = detect_in(model, dataset, config, tta=tta, batch_size=batch_size, branch=branch)
+        metrics = measure(dataset, found, engine)
     if json_file is not None:
         # JSON has no NaN: what is undefined, as the AP of large objects without any, is null.
         summary = {k: v if math.isfinite(v) else None for k, v in metrics.summary.items()}
         content = {"summary": summary, "per_class": metrics.per_class}
         json_file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     return metrics
+
+
+def augmentation(wanted: bool, scales: str | None, flip: bool | None) -> TTA | None:
+    """What ``--tta``, ``--scales 0.75,1`` and ``--flip`` ask for; None without ``--tta``.
+
+    Raises:
+        ConfigError: the scales are none, or an option makes no sense without ``--tta``.
+    """
+    if not wanted:
+        for option, value in (("--scales", scales), ("--flip", flip)):
+            if value is not None:
+                raise ConfigError(f"{option} is of --tta: give that, too")
+        return None
+    from codetr.tta import TTA
+
+    if scales is None:
+        return TTA(flip=flip)
+    try:
+        factors = tuple(float(scale) for scale in scales.split(","))
+    except ValueError:
+        raise ConfigError(f"--scales {scales}: give factors, as 0.75,1,1.25") from None
+    return TTA(factors, flip)
 
 
 def predict_images(

@@ -187,9 +187,11 @@ class _Training:
         self.notes += [problem] if problem else []
         checkpoint = load_checkpoint(saved) if saved else None
         detector, training = trial.settings_in(checkpoint.last_begun if checkpoint else 1)
+        # What a checkpoint brings along need not be at hand any more.
+        begun = {"start_from": None} if saved else {}
         state = TrainingState.start(
             without_download(detector) if saved else detector,
-            training,
+            training.model_copy(update=begun),
             trial.data,
             self.train_set.classes,
             seed=trial.seed,
@@ -204,6 +206,9 @@ class _Training:
             self.history = read_history(saved)
             self.notes += read_notes(saved)
             self.matches = read_matches(saved)
+        elif state.started is not None:
+            log.info("%s", state.started)
+            self.notes += [str(state.started)] if state.started.new else []
         return state
 
     def _share_out(self, board: Any, full_strength: int) -> None:
@@ -286,7 +291,11 @@ class _Training:
             self.tell(Progress("evaluating", epoch, report.steps))
             val_loader = self.build_loader(self.val_set, training=False)
             evaluation = evaluate(
-                state.model, val_loader, self.val_set, self.trial.data.engine, record_matches=True
+                state.evaluated,
+                val_loader,
+                self.val_set,
+                self.trial.data.engine,
+                record_matches=True,
             )
             state.metrics = evaluation.metrics.summary
             state.cost = state.cost + evaluation.cost
@@ -313,7 +322,7 @@ class _Training:
             self.tell(Progress(f"evaluating {branch}", report.epoch, report.steps))
             loader = self.build_loader(self.val_set, training=False)
             evaluation = evaluate(
-                state.model, loader, self.val_set, self.trial.data.engine, branch=branch
+                state.evaluated, loader, self.val_set, self.trial.data.engine, branch=branch
             )
             state.cost = state.cost + evaluation.cost
             summary = evaluation.metrics.summary

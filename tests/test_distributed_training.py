@@ -129,6 +129,16 @@ def trained_norm():
     return dict(state.model.named_buffers())
 
 
+def averaged():
+    """The average of such a detector's weights after three steps, as it is evaluated; and how far
+    it is from the weights."""
+    state = started(tiny_detector(frozen_norm=False), ema=0.9, ema_warmup=0)
+    train_epoch(state, three_steps())
+    average, weights = state.evaluated.state_dict(), state.model.state_dict()
+    apart = max(float((average[n].float() - w.float()).abs().max()) for n, w in weights.items())
+    return average, apart
+
+
 def poisoned():
     """The error where image 6, which is rank 0's and empty, has a NaN; and whether the weights
     stood."""
@@ -173,6 +183,7 @@ def everything(folder):
         "epoch": epoch(),
         "left epoch": left_epoch(folder / "left.pt"),
         "trained norm": trained_norm(),
+        "averaged": averaged(),
         "poisoned": poisoned(),
         "evaluation": {branch: evaluation(folder, branch) for branch in ("query", "atss")},
         "failure": failure_on_rank_zero(),
@@ -284,6 +295,14 @@ def test_trained_statistics_are_equal_on_all_ranks(ranks):
     buffers_0, buffers_1 = (r["trained norm"] for r in ranks)
     assert any("running_mean" in name and value.any() for name, value in buffers_0.items())
     assert all(torch.equal(value, buffers_1[name]) for name, value in buffers_0.items())
+
+
+def test_averaged_weights_are_equal_on_all_ranks(ranks):
+    """So all ranks evaluate the same detector, statistics of batch norm included."""
+    (average_0, apart), (average_1, _) = (r["averaged"] for r in ranks)
+    assert apart > 0
+    assert any("running_mean" in name and value.any() for name, value in average_0.items())
+    assert all(torch.equal(value, average_1[name]) for name, value in average_0.items())
 
 
 def test_a_nan_on_one_rank_stops_all_alike(ranks):

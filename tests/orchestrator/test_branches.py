@@ -51,7 +51,7 @@ def test_every_head_is_measured_on_its_own_a_repeated_one_by_its_number(coco_fol
         trial=SimpleNamespace(
             detector=DetectorConfig(heads=["atss", "atss"]), data=SimpleNamespace(engine="hotcoco")
         ),
-        state=SimpleNamespace(model=oracle, cost=Cost()),
+        state=SimpleNamespace(evaluated=oracle, cost=Cost()),
         val_set=open_dataset(DataConfig(path=coco_folder, short_sides=()), "val"),
         build_loader=oracle.loader,
         tell=told.append,

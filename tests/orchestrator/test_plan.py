@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from codetr.config import ConfigError
+from codetr.config import ConfigError, DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import DataError
 from orchestrator.experiment import load_experiment
+from orchestrator.facts import DataFacts
 from orchestrator.plan import Options, Plan, Trial, make_plan, slug
 
 
@@ -70,6 +71,24 @@ def test_the_paper_profile_does_not_fall_back_to_cpus_unasked(coco_folder):
     with pytest.raises(ConfigError, match="--gpus-per-worker 0"):
         plan(**options)
     assert plan(**options, gpus_per_worker=0).resources.workers == 2
+
+
+def test_settings_that_came_later_rename_no_trial():
+    """What was trained before is found again: this was the identity before there was ``ema``."""
+
+    def identity(**training) -> str:
+        return Trial(
+            arm="x",
+            seed=0,
+            detector=DetectorConfig.model_validate({"heads": ["atss", "mask_rcnn"]}),
+            training=TrainingConfig.model_validate(training),
+            data=DataConfig(),
+            facts=DataFacts(classes=10, train_images=2, val_images=1, fingerprint="f"),
+        ).id
+
+    assert identity() == identity(ema=False) == "405e1a2dbd"
+    assert len({identity(), identity(ema=True), identity(ema=0.9, ema_warmup=7)}) == 3
+    assert len({*ids(), *ids(settings=("ema=true",)), *ids(settings=("ema=0.9",))}) == 9
 
 
 def test_arms_times_seeds():
@@ -169,6 +188,69 @@ def test_mistakes_are_one_clear_line(options, message):
         plan(**options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A K = 1 detector of ablation-k's sizes, for other classes."""
+    import torch
+
+    from codetr.data import Classes
+    from codetr.detector import CoDETR
+    from codetr.weights import Weights, save_weights
+
+    config = plan().trials[1].detector.model_copy(update={"num_classes": 4})
+    torch.manual_seed(0)
+    weights = Weights(
+        CoDETR(config).state_dict(), config, DataConfig(), Classes(tuple("abcd"), (1, 2, 3, 4))
+    )
+    save_weights(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def started(file: Path, *settings: str) -> Trial:
+    """The trial of ablation-k's second arm that starts from there."""
+    experiment = load_experiment("ablation-k")
+    arm = "K=1 ATSS"
+    alone = experiment.model_copy(update={"arms": {arm: experiment.arms[arm]}})
+    options = Options(settings=(f"start_from={file}", *settings))
+    return make_plan(alone, options).trials[0]
+
+
+def test_weights_to_start_from_are_known_by_their_content(pretrained, tmp_path, monkeypatch):
+    trial = started(pretrained)
+    assert trial.training.start_from == pretrained
+    assert trial.id not in ids()
+    assert Trial.model_validate_json(trial.model_dump_json()).id == trial.id
+    moved = tmp_path / "elsewhere" / "model.safetensors"
+    moved.parent.mkdir()
+    moved.write_bytes(pretrained.read_bytes())
+    assert started(moved).id == trial.id
+    assert started(moved.parent).id == trial.id  # the folder will do
+    monkeypatch.chdir(moved.parent)
+    relative = started(Path("model.safetensors"))
+    assert relative.id == trial.id
+    assert relative.training.start_from == moved  # workers run elsewhere
+    content = bytearray(moved.read_bytes())
+    content[-1] ^= 1  # a bit of the last tensor
+    moved.write_bytes(content)
+    assert started(moved).id != trial.id
+
+
+def test_weights_that_do_not_fit_start_nothing(pretrained, tmp_path):
+    with pytest.raises(ConfigError, match=r"training.start_from: .*gone: no such file or folder"):
+        started(tmp_path / "gone")
+    from codetr.checkpoint import CheckpointError
+
+    with pytest.raises(CheckpointError, match=r"2 auxiliary head\(s\) .* has 1 auxiliary head"):
+        started(pretrained, "heads=[atss, faster_rcnn]")
+    with pytest.raises(CheckpointError, match=r"of another shape: .*ffn"):
+        started(pretrained, "ffn_dim=40")
+    with pytest.raises(CheckpointError, match=r"has 0 auxiliary head\(s\) \[\], but .* has 1 "):
+        started(pretrained, "heads=[]")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(CheckpointError, match=r"text.safetensors is damaged"):
+        started(tmp_path / "text.safetensors")
 
 
 def test_data_that_is_not_there(tmp_path):

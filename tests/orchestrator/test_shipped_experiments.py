@@ -140,6 +140,42 @@ def test_the_data_of_the_paper(coco):
         assert trial.data.repeat_threshold == 0.001
 
 
+def test_weights_are_averaged_where_the_paper_says_so(coco):
+    """Supplementary B: when fine-tuning on COCO, and not on LVIS."""
+
+    def averages(name: str) -> set[float | None]:
+        return {trial.training.ema for trial in plan(name, "paper", coco).trials}
+
+    assert {name for name in SHIPPED if averages(name) != {None}} == {"coco-system"}
+    assert averages("coco-system") == {0.9999}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "arm"),
+    [
+        ("coco-system-pretraining", "coco-system", "Co-DINO ViT-L"),
+        ("lvis-system-pretraining", "lvis-system", "Co-DINO ViT-L"),
+    ],
+)
+def test_fine_tuning_can_start_from_the_pretraining(before, after, arm, coco):
+    import torch
+
+    from codetr.data import Classes
+    from codetr.start import new_tensors, shapes
+    from codetr.weights import Weights
+
+    pretrained = plan(before, "paper", coco).trials[0].detector
+    pretrained = pretrained.model_copy(update={"num_classes": 365})
+    names = tuple(map(str, range(365)))
+    model = {n: torch.empty(shape, device="meta") for n, shape in shapes(pretrained).items()}
+    weights = Weights(model, pretrained, DataConfig(), Classes(names, tuple(range(365))))
+    (tuned,) = (trial for trial in plan(after, "paper", coco).trials if trial.arm == arm)
+    new = new_tensors(tuned.detector, weights)
+    assert "decoder.classify.0.weight" in new
+    assert not any(name.startswith(("backbone", "neck", "encoder")) for name in new)
+    assert len(new) < len(model) / 20
+
+
 def test_the_laptop_trains_as_much_longer_as_the_paper(coco):
     laptop, paper = (
         [trial.training.epochs for trial in plan("longer-schedule", profile, coco).trials]
