@@ -68,7 +68,13 @@ class View:
     @property
     def resizing(self) -> DataConfig:
         """How the images that :meth:`show` returns are to be resized."""
-        if self.scale == 1 or not self.data.short_sides:
+        jitter = self.data.jitter
+        if self.scale == 1:
+            return self.data
+        if jitter.enabled:  # images are fitted to its canvas, in evaluation too
+            other = jitter.model_copy(update={"canvas": self._scaled(jitter.canvas)})
+            return self.data.model_copy(update={"jitter": other})
+        if not self.data.short_sides:
             return self.data
         short, long = max(self.data.short_sides), self.data.max_side
         sides = {"short_sides": (self._scaled(short),), "max_side": self._scaled(long)}
@@ -76,7 +82,7 @@ class View:
 
     def show(self, image: Tensor) -> Tensor:
         """(3, h, w) uint8 of (3, H, W): of another size where the data has none of its own."""
-        if self.scale != 1 and not self.data.short_sides:
+        if self.scale != 1 and not (self.data.short_sides or self.data.jitter.enabled):
             sides = [self._scaled(side) for side in image.shape[1:]]
             image = F.resize(image, sides, antialias=True)
         return image.flip(-1) if self.mirrored else image

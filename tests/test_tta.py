@@ -15,7 +15,7 @@ from test_soft_nms import overlap, random_detections
 from tiny_training import tiny_detector
 from torch import Tensor
 
-from codetr.config import ConfigError, DataConfig
+from codetr.config import ConfigError, DataConfig, JitterConfig
 from codetr.data import open_dataset
 from codetr.data.digits import make_digits
 from codetr.detector import CoDETR
@@ -26,6 +26,7 @@ from orchestrator.use import augmentation, evaluate_checkpoint
 
 RESIZED = DataConfig(short_sides=(48,), max_side=80)
 AS_THEY_ARE = DataConfig(short_sides=())
+ON_CANVAS = DataConfig(jitter=JitterConfig(enabled=True, canvas=80))
 DATA = pytest.mark.parametrize("data", [RESIZED, AS_THEY_ARE], ids=["resized", "as they are"])
 
 
@@ -80,7 +81,9 @@ def test_a_single_view_is_what_the_detector_finds(data: DataConfig, dino: bool) 
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-@DATA
+@pytest.mark.parametrize(
+    "data", [RESIZED, AS_THEY_ARE, ON_CANVAS], ids=["resized", "as they are", "on a canvas"]
+)
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0), (0.75, 1.0, 1.25), (2.0,)])
 def test_views_of_a_perfect_detector_agree(data: DataConfig, scales: tuple[float, ...]) -> None:
     """In every view the lamp is found where the view has it: there is one lamp, in one place."""
@@ -91,7 +94,7 @@ def test_views_of_a_perfect_detector_agree(data: DataConfig, scales: tuple[float
     for found, box in zip(model.predict(images, tta=TTA(scales, flip=True)), boxes, strict=True):
         assert len(found) == 1
         # Resizing blurs the edges by a pixel of the smaller image.
-        exact = scales == (1.0,) and not data.short_sides
+        exact = scales == (1.0,) and data is AS_THEY_ARE
         torch.testing.assert_close(
             found.boxes[0], torch.tensor(box).float(), rtol=0, atol=1e-4 if exact else 4
         )
@@ -139,6 +142,9 @@ def test_the_sizes_that_the_detector_sees(
     seen.clear()
     detector(data).predict([noise(40, 160)], tta=TTA((0.5,), flip=False))  # max_side is scaled, too
     assert seen == [(1, 3, 10, 40) if data.short_sides else (1, 3, 20, 80)]
+    seen.clear()
+    detector(ON_CANVAS).predict([noise(96, 128)], tta=TTA((0.5, 1.0), flip=False))
+    assert seen == [(1, 3, 40, 40), (1, 3, 80, 80)]
 
 
 def test_mirrored_if_training_has_mirrored() -> None:
