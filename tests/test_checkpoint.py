@@ -149,9 +149,9 @@ def test_somebody_elses_checkpoint(tmp_path, content):
 
 def test_a_setting_of_another_version_is_named(path):
     content = torch.load(path, weights_only=True)
-    content["training"]["ema"] = 0.9
+    content["training"]["swa"] = 0.9
     torch.save(content, path)
-    with pytest.raises(ConfigError, match=r"checkpoint.pt: training: unknown key 'ema'"):
+    with pytest.raises(ConfigError, match=r"checkpoint.pt: training: unknown key 'swa'"):
         load_checkpoint(path)
 
 
