@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig, parse
@@ -106,22 +109,34 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "cost": asdict(checkpoint.cost),
         "partial": checkpoint.partial and asdict(checkpoint.partial),
     }
-    partial = path.with_name(path.name + ".partial")
+    with written_whole(path) as draft, draft.open("wb") as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what shall stand at ``path``: whatever happens meanwhile, the old file is
+    there afterwards, or all of the new one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
+        yield draft
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns some of the file's errors into its own
-        reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        draft.replace(path)
+    # torch and safetensors turn some of the file's errors into their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise CheckpointError(
-            f"cannot write {path}: {reason}; a previous checkpoint there is untouched"
+            f"cannot write {path}: {reason}; a previous file there is untouched"
         ) from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        if draft.exists():
+            draft.unlink()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -7,7 +7,6 @@ metadata. A checkpoint of a training has all that and more, and serves as well.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from codetr.checkpoint import (
     CheckpointError,
     build_model,
     load_checkpoint,
+    written_whole,
 )
 from codetr.config import DataConfig, DetectorConfig, parse
 from codetr.data import Classes
@@ -99,20 +99,8 @@ def save_weights(weights: Weights, path: Path) -> None:
         "data": weights.data.model_copy(update={"path": None}).model_dump_json(),
         "classes": json.dumps(asdict(weights.classes)),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(weights.model), partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CheckpointError(
-            f"cannot write {path}: {reason}; a previous file there is untouched"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as draft:
+        save_file(_apart(weights.model), draft, metadata)
 
 
 def load_weights(path: Path) -> Weights:

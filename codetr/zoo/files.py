@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codetr.checkpoint import FORMAT, CheckpointError, load_checkpoint
+from codetr.checkpoint import FORMAT, CheckpointError, load_checkpoint, written_whole
 from codetr.config import ConfigError
 from codetr.data import Classes
 from codetr.data.annotations import read_annotations
@@ -113,19 +112,8 @@ def export(place: Path, out: Path) -> Weights:
     weights = load_weights(place)
     state = export_official(weights.model, weights.detector)
     content = {"meta": {"CLASSES": tuple(weights.classes.names)}, "state_dict": state}
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(out)
-    except (OSError, RuntimeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CheckpointError(f"cannot write {out}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(out) as draft, draft.open("wb") as file:
+        torch.save(content, file)
     return weights
 
 
