@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from codetr.plotting import COLOURS, STYLE, save
+from codetr.plotting import COLOURS, STYLE, legend_below, save
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan
 from orchestrator.results import ArmSummary, TrialResult, summarise
@@ -41,7 +41,7 @@ def draw_all(plan: Plan, results: list[TrialResult]) -> list[Path]:
 def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
     """AP against epoch: every seed a thin line, each arm's mean a thick one."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         colours = _colours(results)
         for arm, trials in _by_arm(results).items():
             colour = colours[arm]
@@ -55,30 +55,32 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="upper left")
         axes.set_title("AP on the validation images", loc="left")
+        legend_below(figure, [axes], columns=2)
         return save(figure, path)
 
 
 def draw_ap_by_arm(results: list[TrialResult], path: Path) -> Path:
     """Final AP of each arm, every seed a dot, beside the paper's table."""
     summaries = summarise(results)
-    columns = 1 + any(summary.paper_ap is not None for summary in summaries)
+    panels = 1 + any(summary.paper_ap is not None for summary in summaries)
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, columns, figsize=(4.2 * columns, 3.8), layout="constrained", squeeze=False
-        )
-        measured = [_Column(s.arm, s.aps, s.ap, s.gain) for s in summaries]
-        _draw_columns(panels[0][0], "measured here", measured)
-        if columns == 2:
-            paper = [_paper_column(s) for s in summaries]
-            _draw_columns(panels[0][1], "the paper, COCO val2017", paper)
-        panels[0][0].set_ylabel("AP (%) after the last epoch")
+        figure, axes = plt.subplots(
+            1, panels, figsize=(1.6 + 3.8 * panels, 1.2 + 0.42 * len(summaries)),
+            layout="constrained", squeeze=False, sharey=True,
+        )  # fmt: skip
+        measured = [_Row(s.arm, s.aps, s.ap, s.gain) for s in summaries]
+        _draw_rows(axes[0][0], "measured here", measured)
+        if panels == 2:
+            paper = [_paper_row(s) for s in summaries]
+            _draw_rows(axes[0][1], "the paper, COCO val2017", paper)
+        axes[0][0].set_xlabel("AP (%) after the last epoch")
+        axes[0][0].invert_yaxis()  # the first arm on top
         return save(figure, path)
 
 
 @dataclass(frozen=True)
-class _Column:
+class _Row:
     """One arm in a panel: its dots, their mean, and its gain over the first arm."""
 
     arm: str
@@ -87,39 +89,36 @@ class _Column:
     gain: float | None
 
 
-def _paper_column(summary: ArmSummary) -> _Column:
+def _paper_row(summary: ArmSummary) -> _Row:
     dots = [] if summary.paper_ap is None else [summary.paper_ap]
-    return _Column(summary.arm, dots, summary.paper_ap, summary.paper_gain)
+    return _Row(summary.arm, dots, summary.paper_ap, summary.paper_gain)
 
 
-def _draw_columns(axes: Axes, title: str, columns: list[_Column]) -> None:
-    for x, (colour, column) in enumerate(zip(cycle(COLOURS), columns, strict=False)):
-        axes.scatter([x] * len(column.dots), column.dots, color=colour, s=36, zorder=3)
-        if column.mean is None:
+def _draw_rows(axes: Axes, title: str, rows: list[_Row]) -> None:
+    for y, (colour, row) in enumerate(zip(cycle(COLOURS), rows, strict=False)):
+        axes.scatter(row.dots, [y] * len(row.dots), color=colour, s=36, zorder=3)
+        if row.mean is None:
             continue
-        axes.hlines(column.mean, x - 0.25, x + 0.25, color=colour, linewidth=2)
-        gain = "" if column.gain is None else f"\n{column.gain:+.1f}"
+        axes.vlines(row.mean, y - 0.3, y + 0.3, color=colour, linewidth=2)
+        gain = "" if row.gain is None else f"  {row.gain:+.1f}"
         axes.annotate(
-            f"{column.mean:.1f}{gain}",
-            (x + 0.25, column.mean),
-            xytext=(3, 0),
+            f"{row.mean:.1f}{gain}",
+            (1, y),
+            xycoords=axes.get_yaxis_transform(),  # beside the panel, where no dot is
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
         )
-    dots = [dot for column in columns for dot in column.dots]
+    dots = [dot for row in rows for dot in row.dots]
     if dots:
-        margin = max(0.25 * (max(dots) - min(dots)), 0.5)
-        axes.set_ylim(max(0, min(dots) - margin), max(dots) + margin)
-    axes.set_xticks(range(len(columns)), [_two_lines(column.arm) for column in columns])
-    axes.set_xlim(-0.5, len(columns) - 0.25)
-    axes.grid(visible=False, axis="x")
+        margin = max(0.1 * (max(dots) - min(dots)), 0.3)
+        axes.set_xlim(max(0, min(dots) - margin), max(dots) + margin)
+    axes.set_yticks(range(len(rows)), [row.arm for row in rows])
+    axes.set_ylim(-0.5, len(rows) - 0.5)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
     axes.set_title(title, loc="left")
-
-
-def _two_lines(arm: str) -> str:
-    """``K=2 ATSS + Faster R-CNN`` -> its first word above the rest."""
-    return arm.replace(" ", "\n", 1)
 
 
 def draw_curves(result: TrialResult, path: Path) -> Path:
