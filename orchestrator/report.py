@@ -54,7 +54,9 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
         f"Profile {plan.profile}: {facts.train_images} training and {facts.val_images} validation "
         f"images of `{trial.data.dataset}` ({facts.fingerprint}), {training.epochs} epochs of "
         f"{trial.steps_per_epoch} steps, global batch {training.batch_size}. "
-        "AP in percent after the last epoch.",
+        "AP in percent after the last epoch."
+        + " Of several seeds: mean (least and greatest), and so for the gains, which are over the "
+        "first arm's trial of the same seed." * (len({t.seed for t in plan.trials}) > 1),
         "",
         *_markdown_table(summary_table(results)),
     ]
@@ -123,13 +125,15 @@ def _without_empty_columns(rows: Rows) -> Rows:
 
 
 def _summary_cells(summary: ArmSummary) -> list[str]:
-    spread = ""
+    spread = gains = ""
     if len(summary.aps) > 1:
         spread = f" ({min(summary.aps):.1f}–{max(summary.aps):.1f})"
+    if len(summary.gains) > 1:
+        gains = f" ({min(summary.gains):+.1f} to {max(summary.gains):+.1f})"
     return [
         summary.arm,
         _number(summary.ap, ".1f") + spread,
-        _number(summary.gain, "+.1f"),
+        _number(summary.gain, "+.1f") + gains,
         _number(summary.paper_ap, ".1f"),
         _number(summary.paper_gain, "+.1f"),
     ]

@@ -127,12 +127,14 @@ class ArmSummary:
     Attributes:
         aps: of each seed that was evaluated.
         gain: of the mean over the first arm's.
+        gains: over the first arm's trial of the same seed. Seeds differ more than arms may do.
         paper_gain: the same difference in the paper.
     """
 
     arm: str
     aps: tuple[float, ...]
     gain: float | None
+    gains: tuple[float, ...]
     paper_ap: float | None
     paper_gain: float | None
 
@@ -149,15 +151,26 @@ def measured_branches(results: list[TrialResult]) -> tuple[str, ...]:
 def summarise(results: list[TrialResult], branch: str = QUERY) -> list[ArmSummary]:
     """Every arm that has the branch, over its seeds, against the first of them."""
     results = [result for result in results if branch in result.branches]
-    arms = dict.fromkeys(result.trial.arm for result in results)
+    by_arm: dict[str, dict[int, float]] = {}
+    for result in results:
+        seeds = by_arm.setdefault(result.trial.arm, {})
+        if (ap := result.branch_ap(branch)) is not None:
+            seeds[result.trial.seed] = ap
+    papers = {result.trial.arm: result.paper_branch_ap(branch) for result in results}
     summaries: list[ArmSummary] = []
-    for arm in arms:
-        mine = [result for result in results if result.trial.arm == arm]
-        aps = tuple(ap for result in mine if (ap := result.branch_ap(branch)) is not None)
-        paper = mine[0].paper_branch_ap(branch)
-        base, paper_base = (summaries[0].ap, summaries[0].paper_ap) if summaries else (None, None)
-        gain = _difference(fmean(aps) if aps else None, base)
-        summaries.append(ArmSummary(arm, aps, gain, paper, _difference(paper, paper_base)))
+    for arm, aps in by_arm.items():
+        first = next(iter(by_arm))
+        base, paper_base = ({}, None) if arm == first else (by_arm[first], papers[first])
+        summaries.append(
+            ArmSummary(
+                arm,
+                aps=tuple(aps.values()),
+                gain=fmean(aps.values()) - fmean(base.values()) if aps and base else None,
+                gains=tuple(ap - base[seed] for seed, ap in aps.items() if seed in base),
+                paper_ap=papers[arm],
+                paper_gain=_difference(papers[arm], paper_base),
+            )
+        )
     return summaries
 
 

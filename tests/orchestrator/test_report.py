@@ -74,14 +74,14 @@ def branch_results(tmp_path):
 
 def test_every_branch_stands_beside_the_papers_table_11(tmp_path):
     plan, results = branch_results(tmp_path)
-    first, last = "K=1 ATSS", "K=2 ATSS + Faster R-CNN"
+    first, last, same = "K=1 ATSS", "K=2 ATSS + Faster R-CNN", "(+10.0 to +10.0)"
     assert branch_table(results) == [
         ["branch", "arm", "AP", "gain", "paper's AP", "paper's gain"],
         ["query", "K=0", "10.5 (10.0–11.0)", "–", "47.1", "–"],
-        ["query", first, "20.5 (20.0–21.0)", "+10.0", "48.7", "+1.6"],
-        ["query", last, "30.5 (30.0–31.0)", "+20.0", "49.5", "+2.4"],
+        ["query", first, "20.5 (20.0–21.0)", f"+10.0 {same}", "48.7", "+1.6"],
+        ["query", last, "30.5 (30.0–31.0)", "+20.0 (+20.0 to +20.0)", "49.5", "+2.4"],
         ["atss", first, "30.0 (30.0–30.0)", "–", "47.4", "–"],
-        ["atss", last, "40.0 (40.0–40.0)", "+10.0", "48.0", "+0.6"],
+        ["atss", last, "40.0 (40.0–40.0)", f"+10.0 {same}", "48.0", "+0.6"],
         ["faster_rcnn", last, "41.0 (41.0–41.0)", "–", "46.7", "–"],
     ]
     text = markdown(plan, results)
@@ -112,7 +112,16 @@ def test_gains_are_over_the_first_arm_beside_the_papers(plan):
     assert first.ap == pytest.approx(10.5)
     assert first.gain is None
     assert second.gain == pytest.approx(10)
+    assert second.gains == pytest.approx((10, 10))
     assert third.paper_gain == pytest.approx(49.5 - 47.1)
+
+
+def test_gains_are_those_of_the_same_seed(plan):
+    """A seed that the first arm lacks has none."""
+    results = sample_results(plan)
+    results[0] = TrialResult(results[0].trial, "failed", [], reason="NaN")
+    _, second, _ = summarise(results)
+    assert (len(second.aps), second.gains) == (2, pytest.approx((10,)))
 
 
 def test_an_arm_without_a_result_has_no_number(plan):
@@ -120,7 +129,7 @@ def test_an_arm_without_a_result_has_no_number(plan):
     results[:2] = [TrialResult(r.trial, "failed", [], reason="NaN") for r in results[:2]]
     first, second, _ = summarise(results)
     assert first.ap is None
-    assert second.gain is None
+    assert (second.gain, second.gains) == (None, ())
     text = markdown(plan, results)
     assert "**K=0, seed 0, failed:** NaN" in text
     assert "| K=0 | – | 47.1 | – |" in text
@@ -128,7 +137,8 @@ def test_an_arm_without_a_result_has_no_number(plan):
 
 def test_markdown_shows_the_spread_of_seeds(plan):
     text = markdown(plan, sample_results(plan))
-    assert "| K=1 ATSS | 20.5 (20.0–21.0) | +10.0 | 48.7 | +1.6 |" in text
+    assert "| K=1 ATSS | 20.5 (20.0–21.0) | +10.0 (+10.0 to +10.0) | 48.7 | +1.6 |" in text
+    assert "first arm's trial of the same seed" in text
     assert "`table7_number_of_heads`" in text
 
 
