@@ -11,6 +11,7 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``pytest -n 2 --dist loadgroup``, as `make test` runs them: what starts Ray comes first
     and one after the other in one process, while the other goes through all the rest, file by
