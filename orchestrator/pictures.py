@@ -43,15 +43,18 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         colours = _colours(results)
-        for arm, trials in _by_arm(results).items():
+        for place, (arm, trials) in enumerate(_by_arm(results).items()):
             colour = colours[arm]
+            # Where colours come again, other lines tell arms apart.
+            again = place // len(COLOURS)
+            line = {"marker": "os^D"[again % 4], "linestyle": ("-", "--", ":", "-.")[again % 4]}
             curves = [{e.epoch: 100 * e.values["val/AP"] for e in t.evaluated} for t in trials]
             for curve in curves if len(curves) > 1 else []:
                 axes.plot([*curve], [*curve.values()], color=colour, linewidth=0.8, alpha=0.5)
             # The mean only where every seed was evaluated, or it would jump.
             common = sorted(set.intersection(*map(set, curves)))
             means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in common]
-            axes.plot(common, means, color=colour, linewidth=2.2, marker="o", label=arm)
+            axes.plot(common, means, color=colour, linewidth=2.2, label=arm, **line)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -35,14 +35,16 @@ def test_interrupted_while_analysing_and_gone_on_with(laboratory):
     assert "analysis failed" not in out
     for name in ("analysis", "discriminability", "iof-iob", "conflicts", "instability", "queries"):
         assert str(pages / f"{name}.md") in out
-        assert f"]({name}.png)" in (pages / f"{name}.md").read_text() or name == "analysis"
+        pictures = re.findall(r"\]\((\S+\.png)\)", (pages / f"{name}.md").read_text())
+        assert pictures, name
+        assert all((pages / picture).stat().st_size > 1000 for picture in pictures)
     overview = (pages / "analysis.md").read_text()
     assert "](by_k.png)" in overview
     assert re.search(r"\| K=2 \| 2 \| [\d.]+ \|( [^|]+ \|)? [\d.]+ \| [\d.]+ \|", overview)
 
     parents, children = laboratory.runs()
     files = {file.path for file in laboratory.client().list_artifacts(parents[0].info.run_id)}
-    assert {"analysis.md", "by_k.png", "conflicts.md", "conflicts.png"} <= files
+    assert {"analysis.md", "by_k.png", "conflicts.md", "conflicts_k2.png"} <= files
     k0, k2 = sorted(children, key=lambda run: run.data.tags["arm"])
     for run in (k0, k2):
         assert 0 <= run.data.metrics["analysis/iof-iob/encoder_area"] <= 1
