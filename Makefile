@@ -34,7 +34,7 @@ ablations: $(READY)  ## The paper's ablations on the digits with three seeds, in
 	done
 
 test: $(READY) lint  ## Run linters, type checker and all tests.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --no-loadscope-reorder
 
 test-faults: $(READY)  ## Break real trainings; each must end with the same table and weights.
 	$(BIN)/pytest -m faults

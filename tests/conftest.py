@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 
@@ -11,12 +13,24 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under ``pytest -n 2 --dist loadgroup``, as `make test` runs them: what starts Ray comes first
-    and one after the other in one process, while the other goes through all the rest, file by
-    file. The former mostly waits for processes to start."""
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
-    for item in items:
-        with_ray = item.get_closest_marker("e2e") or item.get_closest_marker("faults")
-        item.add_marker(pytest.mark.xdist_group("with Ray" if with_ray else item.path.name))
+    """What starts Ray comes first: see the scheduler."""
+    items.sort(key=lambda item: not _starts_ray(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under ``pytest -n 2``, as `make test` runs them, tests that start Ray come one after the
+    other in one process: they mostly wait for others to start. The second process goes through all
+    the rest, file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "with Ray" if _starts_ray(nodeid) else nodeid.partition("::")[0]
+
+    return RayApart(config, log)
+
+
+def _starts_ray(nodeid: str) -> bool:
+    return nodeid.startswith(("tests/e2e/", "tests/faults/"))
