@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import settings
 # can be repeated, and a change cannot fail for the luck of the draw.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# In the background of a shell it is ignored, and so by all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,10 +20,9 @@ print(*won, flush=True)
 sys.stdin.readline()
 """
 HOLD = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from orchestrator.lease import Leases
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background
 with Leases(Path(sys.argv[1]), "first", heartbeat=0.1) as leases:
     assert leases.acquire("trial") is None
     print("held", flush=True)
