@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,15 @@ def picture(
         yield figure, figure.subplots(rows, columns, squeeze=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
+
+
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How to draw each: by colours, and where these are used up by dashes, too."""
+    styles = cycle(product(("-", "--", ":"), COLOURS))
+    return {
+        name: {"color": colour, "linestyle": dashes}
+        for name, (dashes, colour) in zip(dict.fromkeys(names), styles, strict=False)
+    }
 
 
 def draw_mean(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from codetr.plotting import COLOURS, STYLE, legend_below, save
+from codetr.plotting import COLOURS, STYLE, legend_below, line_styles, save
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan
 from orchestrator.results import ArmSummary, TrialResult, summarise
@@ -42,19 +42,17 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
     """AP against epoch: every seed a thin line, each arm's mean a thick one."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-        colours = _colours(results)
-        for place, (arm, trials) in enumerate(_by_arm(results).items()):
-            colour = colours[arm]
-            # Where colours come again, other lines tell arms apart.
-            again = place // len(COLOURS)
-            line = {"marker": "os^D"[again % 4], "linestyle": ("-", "--", ":", "-.")[again % 4]}
+        # Every arm keeps its own, whichever of them have been evaluated.
+        styles = line_styles(result.trial.arm for result in results)
+        for arm, trials in _by_arm(results).items():
+            style = styles[arm]
             curves = [{e.epoch: 100 * e.values["val/AP"] for e in t.evaluated} for t in trials]
             for curve in curves if len(curves) > 1 else []:
-                axes.plot([*curve], [*curve.values()], color=colour, linewidth=0.8, alpha=0.5)
+                axes.plot([*curve], [*curve.values()], **style, linewidth=0.8, alpha=0.5)
             # The mean only where every seed was evaluated, or it would jump.
             common = sorted(set.intersection(*map(set, curves)))
             means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in common]
-            axes.plot(common, means, color=colour, linewidth=2.2, label=arm, **line)
+            axes.plot(common, means, **style, linewidth=2.2, marker="o", label=arm)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -236,9 +234,3 @@ def _by_arm(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
         if result.evaluated:
             arms.setdefault(result.trial.arm, []).append(result)
     return arms
-
-
-def _colours(results: list[TrialResult]) -> dict[str, str]:
-    """Every arm keeps its colour, whichever of them are shown."""
-    arms = dict.fromkeys(result.trial.arm for result in results)
-    return dict(zip(arms, cycle(COLOURS), strict=False))

@@ -26,9 +26,9 @@ from codetr.analysis.frame import (
     settings_of,
 )
 from codetr.analysis.page import (
+    groups,
     image,
     images_of,
-    line_styles,
     mean_and_range,
     seeds_of,
     table,
@@ -37,7 +37,7 @@ from codetr.analysis.page import (
 from codetr.checkpoint import Checkpoint
 from codetr.matching.stability import Instability as Change
 from codetr.matching.stability import Matches, MatchRecorder, instability
-from codetr.plotting import draw_mean, legend_below, picture
+from codetr.plotting import draw_mean, legend_below, line_styles, picture
 from codetr.weights import Weights
 
 QUANTITIES = {
@@ -139,7 +139,7 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
     settings = [*dict.fromkeys(_without_seed(training) for training in trainings)]
     heads = {_without_seed(name): some[0].facts["heads"] for name, some in trainings.items()}
     labels = numbered([label_of_heads(heads[one]) for one in settings])
-    groups = dict(zip(settings, labels, strict=True))
+    group_of = dict(zip(settings, labels, strict=True))
     found = []
     for training, some in trainings.items():
         ordered = sorted(some, key=lambda one: int(one.facts["epoch"]))
@@ -149,7 +149,7 @@ def courses(measurements: Sequence[Measurement]) -> list[Course]:
             if change is not None and before.facts["epoch"] != after.facts["epoch"]:
                 changes[int(after.facts["epoch"])] = change
         if changes:
-            group = groups[_without_seed(training)]
+            group = group_of[_without_seed(training)]
             found.append(Course(f"{group}, seed {ordered[-1].facts['seed']}", group, changes))
     return found
 
@@ -171,13 +171,11 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
     Args:
         about: on what they were looked at, in a sentence.
     """
-    groups: dict[str, list[Course]] = {}
-    for course in found:
-        groups.setdefault(course.group, []).append(course)
-    drawn = _draw(groups, folder)
+    by_group = groups(found)
+    drawn = _draw(by_group, folder)
     last = [
         f"{fmean([*c.changes.values()][-1].changed for c in some):.1%} ({group})"
-        for group, some in groups.items()
+        for group, some in by_group.items()
     ]
     page = write_page(
         folder / "instability.md",
@@ -185,10 +183,10 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
         seen=f"At the end so many objects are matched with another query than before: "
         f"{', '.join(last)}.",
         paper=PAPER,
-        about=f"{about} {seeds_of(map(len, groups.values()))}".rstrip(),
+        about=f"{about} {seeds_of(map(len, by_group.values()))}".rstrip(),
         blocks=[
             image(drawn, "Instability by epoch"),
-            *(f"{title}:\n\n{_table(groups, name)}" for name, title in QUANTITIES.items()),
+            *(f"{title}:\n\n{_table(by_group, name)}" for name, title in QUANTITIES.items()),
             "Each row compares an epoch with the one evaluated before, on the last decoder layer. "
             "Queries changed per image is DN-DETR's instability: every query counts that is given "
             "another object, or one instead of none. A query of a two-stage detector is known by "
@@ -198,9 +196,9 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
     return [page, drawn]
 
 
-def _table(groups: Mapping[str, Sequence[Course]], name: str) -> str:
+def _table(by_group: Mapping[str, Sequence[Course]], name: str) -> str:
     """A row for each epoch, a column for each group."""
-    epochs = sorted({epoch for some in groups.values() for c in some for epoch in c.changes})
+    epochs = sorted({epoch for some in by_group.values() for c in some for epoch in c.changes})
     rows = [
         [
             epoch,
@@ -208,19 +206,19 @@ def _table(groups: Mapping[str, Sequence[Course]], name: str) -> str:
                 mean_and_range(
                     [getattr(c.changes[epoch], name) for c in some if epoch in c.changes]
                 )
-                for some in groups.values()
+                for some in by_group.values()
             ),
         ]
         for epoch in epochs
     ]
-    return table(["epoch", *groups], rows)
+    return table(["epoch", *by_group], rows)
 
 
-def _draw(groups: Mapping[str, Sequence[Course]], folder: Path) -> Path:
-    path, styles = folder / "instability.png", line_styles(groups)
+def _draw(by_group: Mapping[str, Sequence[Course]], folder: Path) -> Path:
+    path, styles = folder / "instability.png", line_styles(by_group)
     with picture(path, 1, len(QUANTITIES), size=(8.4, 4)) as (figure, panels):
         for axes, (name, title) in zip(panels[0], QUANTITIES.items(), strict=True):
-            for group, some in groups.items():
+            for group, some in by_group.items():
                 # The mean only where every seed was evaluated, or it would jump.
                 common = sorted(set.intersection(*(set(course.changes) for course in some)))
                 curves = [[getattr(c.changes[e], name) for e in common] for c in some]

@@ -19,12 +19,11 @@ from codetr.analysis.page import (
     groups,
     image,
     images_of,
-    line_styles,
     number_table,
     ranking,
     write_page,
 )
-from codetr.plotting import draw_mean, legend_below, picture
+from codetr.plotting import draw_mean, legend_below, line_styles, picture
 
 GRID = np.linspace(0, 1, 201)
 """Background shares at which curves are averaged."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Protocol, TypeVar
 
 from codetr.analysis.frame import Measurement
-from codetr.plotting import COLOURS
 
 EMPTY = "–"
 
@@ -113,21 +111,22 @@ def image(path: Path, text: str) -> str:
     return f"![{text}]({path.name})"
 
 
-def groups(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """Measurements by what they belong to together, as the seeds of an arm, in their order."""
-    found: dict[str, list[Measurement]] = {}
-    for one in measurements:
+class Grouped(Protocol):
+    """What belongs to a group, as the seeds of an arm."""
+
+    @property
+    def group(self) -> str: ...
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def groups(some: Iterable[G]) -> dict[str, list[G]]:
+    """Things by what they belong to together, in their order."""
+    found: dict[str, list[G]] = {}
+    for one in some:
         found.setdefault(one.group, []).append(one)
     return found
-
-
-def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How to draw each: by colours, and where these are used up by dashes, too."""
-    styles = cycle(product(("-", "--", ":"), COLOURS))
-    return {
-        name: {"color": colour, "linestyle": dashes}
-        for name, (dashes, colour) in zip(dict.fromkeys(names), styles, strict=False)
-    }
 
 
 def ranking(measurements: Sequence[Measurement], name: str, form: str = ".3f") -> str:

@@ -14,14 +14,13 @@ from codetr.analysis.instability import Course, report_courses
 from codetr.analysis.iof_iob import GRID, IofIob
 from codetr.analysis.page import (
     first_of,
-    line_styles,
     mean_and_range,
     number_table,
     ranking,
     seeds_of,
 )
 from codetr.matching.stability import Instability
-from codetr.plotting import COLOURS, draw_mean, legend_below
+from codetr.plotting import COLOURS, draw_mean, legend_below, line_styles
 
 
 def measured(group: str, seed: int, **numbers: float) -> Measurement:
