@@ -232,11 +232,12 @@ def _trainer(
     until: int,
 ) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from orchestrator.callback import ReportToBoard
     from orchestrator.loopback import LoopbackConfig
     from orchestrator.storage import Storage
+    from orchestrator.trainer import LeanTrainer
 
     resources, storage = plan.resources, Storage.of(plan)
     job = {
@@ -248,8 +249,9 @@ def _trainer(
         "full_strength": resources.workers,
         "until": until,
     }
-    return TorchTrainer(
+    return LeanTrainer(
         _placed(loop, trial.id),
+        has_dashboard=plan.address is not None,
         train_loop_config=job,
         torch_config=LoopbackConfig() if plan.address is None else TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
