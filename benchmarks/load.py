@@ -140,6 +140,7 @@ def _megabytes(process: psutil.Process) -> float:
 
 def main() -> int:
     options = parse_arguments()
+    out = options.out.resolve()  # before the current folder is another
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         os.chdir(folder)
         cluster.local_cpus = lambda: options.at_a_time
@@ -147,7 +148,7 @@ def main() -> int:
     report["at_a_time"] = options.at_a_time
     report["environment"] = environment(LIBRARIES)
     print(report)
-    print(f"written to {write_result(f'load-{options.through}', report, options.out)}")
+    print(f"written to {write_result(f'load-{options.through}', report, out)}")
     return 1 if report["wrong"] else 0
 
 
