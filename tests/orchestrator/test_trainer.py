@@ -9,7 +9,7 @@ from orchestrator.trainer import LeanTrainer
 UNNEEDED = ["DatasetsCallback", "PlacementGroupCleanerCallback"]
 
 
-def processes_besides_the_workers(kind, **options) -> list[str]:
+def callbacks_of(kind, **options) -> list[str]:
     scaling = ray.train.ScalingConfig(num_workers=1)
     trainer = kind(lambda: None, scaling_config=scaling, **options)
     return sorted(type(one).__name__ for one in trainer._create_default_callbacks())
@@ -17,5 +17,5 @@ def processes_besides_the_workers(kind, **options) -> list[str]:
 
 @pytest.mark.parametrize(("has_dashboard", "without"), [(True, UNNEEDED[:1]), (False, UNNEEDED)])
 def test_all_of_rays_callbacks_but_the_unneeded(has_dashboard, without):
-    ours = processes_besides_the_workers(LeanTrainer, has_dashboard=has_dashboard)
-    assert sorted([*ours, *without]) == processes_besides_the_workers(TorchTrainer)
+    ours = callbacks_of(LeanTrainer, has_dashboard=has_dashboard)
+    assert sorted([*ours, *without]) == callbacks_of(TorchTrainer)
