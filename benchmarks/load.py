@@ -145,7 +145,7 @@ def main() -> int:
         os.chdir(folder)
         cluster.local_cpus = lambda: options.at_a_time
         report = load(options.through, options.trials, Path(folder))
-    report["at_a_time"] = options.at_a_time
+    report["settings"] = {"trials": options.trials, "at_a_time": options.at_a_time}
     report["environment"] = environment(LIBRARIES)
     print(report)
     print(f"written to {write_result(f'load-{options.through}', report, out)}")
@@ -175,7 +175,6 @@ def load(through: str, trials: int, folder: Path) -> dict[str, Any]:
     meter.stop()
     return {
         "through": through,
-        "trials": trials,
         "exit_code": exit_code,
         "wrong": what_is_wrong(folder, trials) + ["exit code"] * (exit_code != 0),
         "trials_per_minute": round(60 * trials / seconds, 2),

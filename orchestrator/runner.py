@@ -395,13 +395,13 @@ class _Run:
 
     def _end(self, result: TrialResult) -> None:
         self.results[result.trial.id] = result
-        self.view.ended(result)
         self._tell.record(result.trial, result.history)
         self._tell.attach(result.trial, self._write(write_trial_files, result))
         self._tell.end(result.trial, _STATUS[result.state], result.reason)
         if result.trial.id in self.begun:
             self._write(note, result.trial, result.state, result.reason)
         self.leases.release(result.trial.id)
+        self.view.ended(result)  # the last: whoever reads it may ask for the trial at once
 
     @property
     def _tell(self) -> Recorder:

@@ -227,12 +227,12 @@ class _SweepRun:
         self.ended.add(trial.id)
         result = sweep_result(self.sweep, entry)
         self._write(note, trial, result.state, result.reason)
-        self.view.ended(result)
         self._tell.record(trial, result.history)
         self._tell.attach(trial, self._write(write_trial_files, result))
         reason = entry.reason if entry.state == "failed" else None
         self._tell.end(trial, _STATUS[entry.state], reason)
         self._tell.describe(trial, {"stop_reason": stop_reason(entry)})
+        self.view.ended(result)
 
     # ----------------------------------------------------------------------------------- ending
 
