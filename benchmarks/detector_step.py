@@ -1,6 +1,6 @@
 """Co-Deformable-DETR, ResNet-50: seconds and memory of a training step and of inference.
 
-    python benchmarks/detector_step.py [--rounds 3] [--size 256 320] [--small]
+    python benchmarks/detector_step.py [--rounds 7] [--size 256 320] [--small]
 
 The peer is transformers' Deformable DETR of the same sizes: two-stage, box refinement, 300 queries,
 256 channels, 6 + 6 layers, one image with 5 objects, 2 threads. With equal weights both must give
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = arguments(__doc__, rounds=3, batch=1, objects=5)
+    parser = arguments(__doc__, rounds=7, batch=1, objects=5)
     parser.add_argument("--inference-rounds", type=int, default=5)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), help="height width")
     parser.add_argument("--small", action="store_true", help="a small detector, to try this out")
