@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from frame import RESULTS, ROOT, environment, write_result
+from frame import RESULTS, ROOT, environment, settings_of, write_result
 
 sys.path.insert(0, str(ROOT))
 
@@ -145,7 +145,7 @@ def main() -> int:
         os.chdir(folder)
         cluster.local_cpus = lambda: options.at_a_time
         report = load(options.through, options.trials, Path(folder))
-    report["settings"] = {"trials": options.trials, "at_a_time": options.at_a_time}
+    report["settings"] = settings_of(options)
     report["environment"] = environment(LIBRARIES)
     print(report)
     print(f"written to {write_result(f'load-{options.through}', report, out)}")
@@ -174,7 +174,6 @@ def load(through: str, trials: int, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     meter.stop()
     return {
-        "through": through,
         "exit_code": exit_code,
         "wrong": what_is_wrong(folder, trials) + ["exit code"] * (exit_code != 0),
         "trials_per_minute": round(60 * trials / seconds, 2),

@@ -144,9 +144,10 @@ class Rpn(nn.Module):
 def leading_nms(boxes: Tensor, scores: Tensor, groups: Tensor, *, iou: float, keep: int) -> Tensor:
     """Indices of the ``keep`` best boxes after non-maximum suppression in each group, best first.
 
-    They are ``batched_nms(boxes, scores, groups, iou)[:keep]``. Whether a box stays depends on
-    better ones alone, so only the best boxes enter, and twice as many where too few of those stay:
-    on a CPU torchvision compares on one core, and each box with every one that stays.
+    They are ``batched_nms(boxes, scores, groups, iou)[:keep]`` but for the order of equal scores.
+    Whether a box stays depends on better ones alone, so only the best boxes enter, and twice as
+    many where too few of those stay: on a CPU torchvision compares on one core, and each box with
+    every one that stays.
 
     Args:
         boxes: (n, 4) xyxy.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from laboratory import PATIENCE
 
+pytestmark = pytest.mark.e2e
+
 LOAD = Path(__file__).parents[2] / "benchmarks" / "load.py"
 
 
@@ -21,5 +23,5 @@ def test_a_few_trials_arrive_once_each(through, tmp_path):
     (file,) = (tmp_path / "results").glob(f"load-{through}-*.json")
     report = json.loads(file.read_text())
     assert (report["exit_code"], report["wrong"]) == (0, [])
-    assert report["settings"] == {"trials": 3, "at_a_time": 4}
+    assert report["settings"] == {"through": through, "trials": 3, "at_a_time": 4}
     assert report["environment"]["commit"]
