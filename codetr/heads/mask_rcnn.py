@@ -106,7 +106,7 @@ class MaskBranch(nn.Module):
             size=self.config.roi_size,
             finest_scale=self.finest_scale,
         )
-        hidden = self.upsample(self.convs(features)).relu()
+        hidden = self.upsample(self.convs(features.cells)).relu()
         logits: Tensor = self.logits(hidden).float()
         return logits
 

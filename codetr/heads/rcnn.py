@@ -19,6 +19,7 @@ from codetr.heads.regions import region_features
 from codetr.losses import cross_entropy, giou_loss
 from codetr.matching.max_iou import match_max_iou
 from codetr.matching.objects import pad_objects
+from codetr.ops.roi_align import RegionFeatures
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Detections, HeadOutput, Positives, Size, Targets
 
@@ -88,8 +89,8 @@ class Rcnn(nn.Module):
         """Losses ``rcnn_cls`` and ``rcnn_giou`` on sampled proposals, and which were positive."""
         samples = self.sample(proposals, targets)
         features = self.roi_features(pyramid, [s.boxes for s in samples])
-        logits, deltas = self.predict(features)
-        means = features.mean((2, 3)).split([len(s.boxes) for s in samples])
+        logits, deltas = self.predict(features.cells)
+        means = features.means.split([len(s.boxes) for s in samples])
         positives = [_positives(s, of_image) for s, of_image in zip(samples, means, strict=True)]
         return RoiOutput(self._losses(logits, deltas, samples), positives, samples)
 
@@ -116,8 +117,8 @@ class Rcnn(nn.Module):
             )
         return samples
 
-    def roi_features(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """(R, C, s, s) features of the regions of all images, each from the level of its size.
+    def roi_features(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor]) -> RegionFeatures:
+        """What is read in the regions of all images, each from the level of its size.
 
         Args:
             pyramid: (B, C, h, w) maps of ``strides``.
@@ -143,7 +144,7 @@ class Rcnn(nn.Module):
 
     def class_scores(self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor]) -> Tensor:
         """(B, classes): probability of each class, summed over each image's proposals (n, 4)."""
-        logits, _ = self.predict(self.roi_features(pyramid, proposals))
+        logits, _ = self.predict(self.roi_features(pyramid, proposals).cells)
         scores = logits.softmax(-1)[:, :-1].split([len(p) for p in proposals])
         return torch.stack([of_image.sum(0) for of_image in scores])
 
@@ -173,7 +174,7 @@ class Rcnn(nn.Module):
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[Detections]:
         """Detections from proposals (n, 4) of each image (method.md 59)."""
-        logits, deltas = self.predict(self.roi_features(pyramid, proposals))
+        logits, deltas = self.predict(self.roi_features(pyramid, proposals).cells)
         scores = logits.softmax(-1)[:, :-1]
         boxes = decode_deltas(torch.cat(list(proposals))[:, None], deltas, self.config.stds)
         counts = [len(p) for p in proposals]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codetr.boxes import areas
-from codetr.ops.roi_align import roi_align
+from codetr.ops.roi_align import RegionFeatures, roi_align
 
 
 def region_features(
@@ -18,8 +18,8 @@ def region_features(
     *,
     size: int,
     finest_scale: float,
-) -> Tensor:
-    """(R, C, size, size) features of the regions of all images, each from the level of its size.
+) -> RegionFeatures:
+    """What is read in the R regions of all images, each from the level of its size.
 
     Args:
         pyramid: (B, C, h, w) maps, finest first.
@@ -33,9 +33,5 @@ def region_features(
     side = areas(regions[:, 1:]).sqrt()
     level = (side / finest_scale + 1e-6).log2().floor()
     level = level.clamp(0, len(strides) - 1)
-    features, order = [], []
-    for i, (feature, stride) in enumerate(zip(pyramid, strides, strict=True)):
-        index = (level == i).nonzero().squeeze(1)
-        order.append(index)
-        features.append(roi_align(feature.float(), regions[index], size, 1 / stride))
-    return torch.cat(features)[torch.cat(order).argsort()]
+    maps = [feature.float() for feature in pyramid]
+    return roi_align(maps, regions, level, size, strides)

@@ -346,14 +346,14 @@ def trace_rcnn(golden: Golden, head: FasterRcnnHead, seen: dict) -> Trace:
         result |= {f"16_rcnn_sample.img{image}.{name}": value for name, value in values.items()}
 
     features = head.rcnn.roi_features(pyramid, [one.boxes for one in samples])
-    logits, deltas = head.rcnn.predict(features)
+    logits, deltas = head.rcnn.predict(features.cells)
     classes = golden.model.config.num_classes
     pairs = [(one, len(one.boxes) - len(one.labels)) for one in samples]
     labels = torch.cat([functional.pad(one.labels, (0, n), value=classes) for one, n in pairs])
     wanted = torch.cat([functional.pad(one.targets, (0, 0, 0, n)) for one, n in pairs])
     return result | {
-        "17_rcnn.roi_feat_first4": features[:4],
-        "17_rcnn.roi_feat_mean": features.mean((2, 3)),
+        "17_rcnn.roi_feat_first4": features.cells[:4],
+        "17_rcnn.roi_feat_mean": features.means,
         "17_rcnn.cls_logits": logits,
         "17_rcnn.bbox_deltas": deltas.flatten(1),
         "17_rcnn.labels": labels,

@@ -137,9 +137,9 @@ def test_rcnn_features_and_predictions() -> None:
     rcnn, outputs = faster_rcnn(case).rcnn, case.outputs
     boxes = [outputs[f"16_rcnn_sample.img{image}.boxes_xyxy"] for image in range(2)]
     features = rcnn.roi_features(pyramid_of(case)[:-1], boxes)
-    assert_close(features[:4], outputs["17_rcnn.roi_feat_first4"])
-    assert_close(features.mean((2, 3)), outputs["17_rcnn.roi_feat_mean"])
-    logits, deltas = rcnn.predict(features)
+    assert_close(features.cells[:4], outputs["17_rcnn.roi_feat_first4"])
+    assert_close(features.means, outputs["17_rcnn.roi_feat_mean"])
+    logits, deltas = rcnn.predict(features.cells)
     assert_close(logits, outputs["17_rcnn.cls_logits"])
     assert_close(deltas.flatten(1), outputs["17_rcnn.bbox_deltas"])
 

@@ -25,7 +25,7 @@ def test_a_region_reads_the_level_of_its_size() -> None:
     maps = [torch.full((1, CHANNELS, 40, 40), float(level)) for level in range(3)]
     sides = [4.0, 55.0, 57.0, 110.0, 113.0, 300.0]
     boxes = torch.tensor([[1.0, 1.0, 1 + s, 1 + s] for s in sides])
-    features = rcnn().roi_features(maps, [boxes])
+    features = rcnn().roi_features(maps, [boxes]).cells
     assert features.shape == (6, CHANNELS, 7, 7)
     assert features[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -48,7 +48,7 @@ def test_features_are_the_maps_averages_in_the_right_order(seed: int) -> None:
         corner = 30 + torch.rand(count, 2, generator=generator) * 60
         sides = 8 + torch.rand(count, 2, generator=generator) * 140
         boxes.append(torch.cat((corner, corner + sides), -1))
-    features = rcnn().roi_features([ramp(s) for s in STRIDES], boxes)
+    features = rcnn().roi_features([ramp(s) for s in STRIDES], boxes).cells
     fraction = (torch.arange(size) + 0.5) / size
     for number, (x1, y1, x2, y2) in enumerate(torch.cat(boxes)):
         x, y = x1 + fraction * (x2 - x1), y1 + fraction * (y2 - y1)

@@ -72,7 +72,7 @@ def test_deltas_are_in_the_configured_units() -> None:
     head = rcnn(stds=STDS, test_nms=1.0)
     pyramid = [torch.randn(1, 8, 8, 8), torch.randn(1, 8, 4, 4)]
     proposals = [torch.tensor([[20.0, 20, 40, 36]])]
-    _, deltas = head.predict(head.roi_features(pyramid, proposals))
+    _, deltas = head.predict(head.roi_features(pyramid, proposals).cells)
     expected = decode_deltas(proposals[0][:, None], deltas, STDS)[0]
     found = head.detect(pyramid, proposals, [(64, 64)])[0]
     torch.testing.assert_close(found.boxes[found.labels.argsort()], expected.clamp(0, 64))
