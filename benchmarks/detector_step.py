@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = parse_arguments(__doc__, rounds=7)
     task = Task(
         SMALL if options.small else R50, tuple(options.size), options.batch, options.objects
     )
@@ -44,19 +44,15 @@ def main() -> int:
             for name in (PEER, PLAIN, *HEADS)
         }
         report.note(built_mib={name: round(p.built_mib) for name, p in contenders.items()})
-        for action, rounds in (
-            ("inference", options.inference_rounds),
-            ("training step", options.rounds),
-        ):
+        for action in ("inference", "training step"):
             turns = {name: process.measure(action) for name, process in contenders.items()}
-            report.add(action, alternate(turns, rounds))
+            report.add(action, alternate(turns, options.rounds))
     report.finish("detector_step", options.out)
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = arguments(__doc__, rounds=7, batch=1, objects=5)
-    parser.add_argument("--inference-rounds", type=int, default=5)
+def parse_arguments(doc: str | None, rounds: int) -> argparse.Namespace:
+    parser = arguments(doc, rounds=rounds, batch=1, objects=5)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), help="height width")
     parser.add_argument("--small", action="store_true", help="a small detector, to try this out")
     return parser.parse_args()

@@ -279,7 +279,7 @@ def environment(libraries: Iterable[str]) -> dict[str, Any]:
     """The commit, the processor, and the versions of Python and these libraries."""
     return {
         "commit": _commit(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{library: _version(library) for library in libraries},
@@ -308,6 +308,14 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _processor() -> str:
+    """Its maker's name for it where the system tells, else its architecture."""
+    try:
+        return Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
 
 
 def _version(library: str) -> str | None:

@@ -18,6 +18,7 @@ import gpu
 import loading
 import pytest
 import scaling
+import step_profile
 import torch
 from elsewhere import Elsewhere
 from frame import Disagreement, Report
@@ -103,6 +104,29 @@ def test_a_step_trains(name: str) -> None:
     assert len(contender.inference()) == 1
     losses = [contender.training_step() for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_the_kinds_of_operators_add_up_to_the_step() -> None:
+    actions = step_profile.profiled(TASK, "K = 2")
+    seconds = actions["profile"]()
+    whole = seconds.pop(step_profile.WHOLE)
+    assert whole > 0
+    assert sum(seconds.values()) == pytest.approx(whole)
+    assert all(seconds[kind] > 0 for kind in step_profile.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "kind"),
+    [
+        ("aten::mm", [[1024, 512], [512, 12544]], step_profile.FIRST_LAYER),
+        ("aten::mm", [[900, 256], [256, 256]], step_profile.PRODUCTS),
+        ("aten::mul", [[512, 12544], []], step_profile.OTHERS),
+        ("aten::convolution_backward", [[1, 256, 4, 5]], "convolutions"),
+        ("torchvision::roi_align", [], "RoIAlign and NMS"),
+    ],
+)
+def test_what_an_operator_is_counted_as(operator: str, shapes: list[Any], kind: str) -> None:
+    assert step_profile.kind_of(operator, shapes) == kind
 
 
 # ------------------------------------------------------------------------------------- evaluation
