@@ -86,6 +86,50 @@ def _coordinates(
 
 
 @triton.jit
+def _corners(
+    places,
+    centers,
+    scales,
+    active,
+    start,
+    height,
+    width,
+    channel,
+    STEP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Where the upper left corner of a sample is read; the way from it to the sample, right and
+    down; which of upper left, upper right, lower left and lower right are in the map."""
+    x, y = _coordinates(places, centers, scales, active, height, width, FUSED, ACC)
+    left, right = _place(x, width.to(ACC))
+    top, down = _place(y, height.to(ACC))
+    is_left = (left >= 0) & (left < width) & active
+    is_right = (left >= -1) & (left < width - 1) & active
+    is_top = (top >= 0) & (top < height)
+    is_bottom = (top >= -1) & (top < height - 1)
+    return (
+        ((start + top * width + left) * STEP)[:, None] + channel[None, :],
+        right,
+        down,
+        _mask(is_top & is_left, channel, CHANNELS, BLOCK_D),
+        _mask(is_top & is_right, channel, CHANNELS, BLOCK_D),
+        _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D),
+        _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D),
+    )
+
+
+@triton.jit
+def _shares(weight, right, down):
+    """What each of the four corners counts for."""
+    lower = weight * down
+    upper = weight - lower
+    return upper - upper * right, upper * right, lower - lower * right, lower * right
+
+
+@triton.jit
 def _softmax_terms(logits, active):
     """The largest logit of each query, and one over the sum of all exp(logit - largest)."""
     largest = tl.where(active, tl.max(logits, axis=1), 0.0)
@@ -146,42 +190,34 @@ def _forward(
     for level in tl.static_range(LEVELS):
         height, width = _sizes_of_level(sizes, level)
         for point in range(POINTS):
-            x, y = _coordinates(
+            cell, right, down, mask_0, mask_1, mask_2, mask_3 = _corners(
                 places + 2 * (level * POINTS + point),
                 centers + level * centers_level,
                 scales + level * scales_level,
                 active,
+                start,
                 height,
                 width,
+                channel,
+                STEP,
+                CHANNELS,
+                BLOCK_D,
                 FUSED,
                 ACC,
             )
             weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
             if FUSED:
                 weight = tl.exp(weight - largest)
-            left, right = _place(x, width.to(ACC))
-            top, down = _place(y, height.to(ACC))
-            is_left = (left >= 0) & (left < width) & active
-            is_right = (left >= -1) & (left < width - 1) & active
-            is_top = (top >= 0) & (top < height)
-            is_bottom = (top >= -1) & (top < height - 1)
-            lower = weight * down
-            upper = weight - lower
-
-            rows = value + ((start + top * width + left) * STEP)[:, None] + channel[None, :]
-            below = rows + width * STEP
-            mask = _mask(is_top & is_left, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(rows, mask=mask, other=0.0).to(ACC)
-            attended += (upper - upper * right)[:, None] * cells
-            mask = _mask(is_top & is_right, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(rows + STEP, mask=mask, other=0.0).to(ACC)
-            attended += (upper * right)[:, None] * cells
-            mask = _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(below, mask=mask, other=0.0).to(ACC)
-            attended += (lower - lower * right)[:, None] * cells
-            mask = _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(below + STEP, mask=mask, other=0.0).to(ACC)
-            attended += (lower * right)[:, None] * cells
+            share_0, share_1, share_2, share_3 = _shares(weight, right, down)
+            cells = tl.load(value + cell, mask=mask_0, other=0.0).to(ACC)
+            attended += share_0[:, None] * cells
+            cells = tl.load(value + cell + STEP, mask=mask_1, other=0.0).to(ACC)
+            attended += share_1[:, None] * cells
+            below = cell + width * STEP
+            cells = tl.load(value + below, mask=mask_2, other=0.0).to(ACC)
+            attended += share_2[:, None] * cells
+            cells = tl.load(value + below + STEP, mask=mask_3, other=0.0).to(ACC)
+            attended += share_3[:, None] * cells
         start += height * width
 
     if FUSED:
@@ -271,63 +307,59 @@ def _backward(
     for level in tl.static_range(LEVELS):
         height, width = _sizes_of_level(sizes, level)
         for point in range(POINTS):
-            x, y = _coordinates(
+            cell, right, down, mask_0, mask_1, mask_2, mask_3 = _corners(
                 places + 2 * (level * POINTS + point),
                 centers + level * centers_level,
                 scales + level * scales_level,
                 active,
+                start,
                 height,
                 width,
+                channel,
+                STEP,
+                CHANNELS,
+                BLOCK_D,
                 FUSED,
                 ACC,
             )
             weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
             if FUSED:
                 weight = tl.exp(weight - largest) * inverse
-            left, right = _place(x, width.to(ACC))
-            top, down = _place(y, height.to(ACC))
-            is_left = (left >= 0) & (left < width) & active
-            is_right = (left >= -1) & (left < width - 1) & active
-            is_top = (top >= 0) & (top < height)
-            is_bottom = (top >= -1) & (top < height - 1)
-            lower = weight * down
-            upper = weight - lower
-
-            cell = ((start + top * width + left) * STEP)[:, None] + channel[None, :]
+            share_0, share_1, share_2, share_3 = _shares(weight, right, down)
             below = cell + width * STEP
             upper_left = _corner(
                 value + cell,
-                _mask(is_top & is_left, channel, CHANNELS, BLOCK_D),
+                mask_0,
                 of_value + cell,
                 above,
-                upper - upper * right,
+                share_0,
                 SCATTER,
                 ACC,
             )
             upper_right = _corner(
                 value + cell + STEP,
-                _mask(is_top & is_right, channel, CHANNELS, BLOCK_D),
+                mask_1,
                 of_value + cell + STEP,
                 above,
-                upper * right,
+                share_1,
                 SCATTER,
                 ACC,
             )
             lower_left = _corner(
                 value + below,
-                _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D),
+                mask_2,
                 of_value + below,
                 above,
-                lower - lower * right,
+                share_2,
                 SCATTER,
                 ACC,
             )
             lower_right = _corner(
                 value + below + STEP,
-                _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D),
+                mask_3,
                 of_value + below + STEP,
                 above,
-                lower * right,
+                share_3,
                 SCATTER,
                 ACC,
             )
