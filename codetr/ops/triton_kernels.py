@@ -236,6 +236,44 @@ def _corner(rows, mask, of_rows, grad, share, SCATTER: tl.constexpr, ACC: tl.con
     return tl.sum(cells * grad, axis=1)
 
 
+@triton.jit
+def _with_column(tile, column, index, values):
+    """``tile`` (queries, columns) with ``values`` (queries,) in the column that has this index."""
+    return tl.where((column == index)[None, :], values[:, None], tile)
+
+
+@triton.jit
+def _store(rows, column, tile, active, WIDTH: tl.constexpr):
+    """Write those columns of ``tile`` that rows of this width have."""
+    mask = active[:, None] & (column < WIDTH)[None, :]
+    where = rows[:, None] + column[None, :]
+    tl.store(where, tile.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_pairs(rows, column, tile, tile_2, active, SAMPLES: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Write (x, y) of all samples, which one tile holds, or two."""
+    _store(rows, column, tile, active, 2 * SAMPLES)
+    if BLOCK_W < 2 * SAMPLES:
+        _store(rows, column + BLOCK_W, tile_2, active, 2 * SAMPLES)
+
+
+@triton.jit
+def _scale(
+    scales,
+    column,
+    scales_level,
+    active,
+    SAMPLES: tl.constexpr,
+    POINTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What an offset of one moves, for each column of offsets: (x, y) of the sample's level."""
+    mask = active[:, None] & (column < 2 * SAMPLES)[None, :]
+    where = scales[:, None] + (column // (2 * POINTS) * scales_level + column % 2)[None, :]
+    return tl.load(where, mask=mask, other=0.0).to(ACC)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _backward(
     grad,  # (B, Q, H, D), of the result
@@ -271,6 +309,7 @@ def _backward(
 ):
     SAMPLES: tl.constexpr = LEVELS * POINTS
     STEP: tl.constexpr = HEADS * CHANNELS  # from one cell of the map to the next
+    TWO: tl.constexpr = BLOCK_W < 2 * SAMPLES  # tiles for (x, y), as wide as that for weights
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -300,7 +339,8 @@ def _backward(
         largest, inverse = _softmax_terms(logits, active)
     mean = tl.zeros((BLOCK_Q,), dtype=ACC)
     # Gathered in registers and stored as whole rows: (x, y) of all samples, and their weights.
-    all_locations = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+    locations = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+    locations_2 = locations
     all_weights = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
 
     start = 0
@@ -373,27 +413,26 @@ def _backward(
             of_y = (on_bottom - on_top) * weight * height.to(ACC)
             mean += weight * of_weight
             sample = level * POINTS + point
-            all_locations = tl.where((column == 2 * sample)[None, :], of_x[:, None], all_locations)
-            all_locations = tl.where(
-                (column == 2 * sample + 1)[None, :], of_y[:, None], all_locations
-            )
-            all_weights = tl.where((column == sample)[None, :], of_weight[:, None], all_weights)
+            locations = _with_column(locations, column, 2 * sample, of_x)
+            locations = _with_column(locations, column, 2 * sample + 1, of_y)
+            if TWO:
+                locations_2 = _with_column(locations_2, column + BLOCK_W, 2 * sample, of_x)
+                locations_2 = _with_column(locations_2, column + BLOCK_W, 2 * sample + 1, of_y)
+            all_weights = _with_column(all_weights, column, sample, of_weight)
         start += height * width
 
-    is_place = active[:, None] & (column < 2 * SAMPLES)[None, :]
     if FRAME:
-        where = of_locations[:, None] + column[None, :]
-        tl.store(where, all_locations.to(of_locations.dtype.element_ty), mask=is_place)
+        _store_pairs(of_locations, column, locations, locations_2, active, SAMPLES, BLOCK_W)
     if FUSED:
         weights = tl.exp(logits - largest[:, None]) * inverse[:, None]
         all_weights = weights * (all_weights - mean[:, None])
-        # Each column's own scale: (x, y) of the level that the sample is of.
-        scale = scales[:, None] + (column // (2 * POINTS) * scales_level + column % 2)[None, :]
-        all_locations *= tl.load(scale, mask=is_place, other=0.0).to(ACC)
-    where = of_places[:, None] + column[None, :]
-    tl.store(where, all_locations.to(of_places.dtype.element_ty), mask=is_place)
-    where = of_scores[:, None] + column[None, :]
-    tl.store(where, all_weights.to(of_scores.dtype.element_ty), mask=is_score)
+        locations *= _scale(scales, column, scales_level, active, SAMPLES, POINTS, ACC)
+        if TWO:
+            locations_2 *= _scale(
+                scales, column + BLOCK_W, scales_level, active, SAMPLES, POINTS, ACC
+            )
+    _store_pairs(of_places, column, locations, locations_2, active, SAMPLES, BLOCK_W)
+    _store(of_scores, column, all_weights, active, SAMPLES)
 
 
 WARPS = 4
@@ -549,7 +588,7 @@ def _plan(
         "BLOCK_Q": block_q,
         "BLOCK_D": block_d,
         # As wide as the channels where it can be: tiles of one shape need no exchange of threads.
-        "BLOCK_W": max(block_d, triton.next_power_of_2(2 * levels * points)),
+        "BLOCK_W": max(block_d, triton.next_power_of_2(levels * points)),
         "num_warps": WARPS,
     }
     return (triton.cdiv(queries, block_q), heads, batch), constants
