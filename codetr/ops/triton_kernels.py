@@ -504,21 +504,24 @@ def _attend(
     frame: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     batch, queries, heads = places.shape[:3]
-    result = value.new_zeros(batch, queries, heads * value.shape[-1])
-    if result.numel() and places.numel():
-        value, places, scores = value.contiguous(), places.contiguous(), scores.contiguous()
-        grid, constants = _plan(value, places, value.element_size())
-        with torch.cuda.device_of(value):
-            _forward[grid](
-                value,
-                places,
-                scores,
-                *_pointers(frame, places),
-                result,
-                *_layout(value, shapes, places, frame),
-                FUSED=frame is not None,
-                **constants,
-            )
+    shape = (batch, queries, heads * value.shape[-1])
+    if not (places.numel() and value.shape[-1]):
+        return value.new_zeros(shape)
+    value, places, scores = value.contiguous(), places.contiguous(), scores.contiguous()
+    frame = _pairs_together(frame)
+    result = value.new_empty(shape)  # the kernel writes every element
+    grid, constants = _plan(value, places, value.element_size())
+    with torch.cuda.device_of(value):
+        _forward[grid](
+            value,
+            places,
+            scores,
+            *_pointers(frame, places),
+            result,
+            *_layout(value, shapes, places, frame),
+            FUSED=frame is not None,
+            **constants,
+        )
     return result
 
 
@@ -536,10 +539,14 @@ def _differentiate(
     exact = torch.promote_types(value.dtype, torch.float32)
     grad, value = grad.contiguous(), value.contiguous()
     places, scores = places.contiguous(), scores.contiguous()
+    frame = _pairs_together(frame)
+    launched = grad.numel() and places.numel()
+    # The kernel adds to the gradient of value, and writes every element of the others.
+    like = torch.empty_like if launched else torch.zeros_like
     of_value = torch.zeros_like(value, dtype=exact) if with_value else None
-    of_places, of_scores = torch.zeros_like(places), torch.zeros_like(scores)
-    of_locations = torch.zeros_like(places, dtype=exact) if with_frame else None
-    if grad.numel() and places.numel():
+    of_places, of_scores = like(places), like(scores)
+    of_locations = like(places, dtype=exact) if with_frame else None
+    if launched:
         # Atomic additions are what a backward waits for: a thread adds 16 bytes of them at once.
         grid, constants = _plan(value, places, exact.itemsize)
         with torch.cuda.device_of(value):
@@ -565,6 +572,20 @@ def _differentiate(
         of_scores,
         of_locations,
     )
+
+
+def _pairs_together(frame: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """``frame`` with x beside y in memory, as the kernels read them; other strides may be any."""
+    if frame is None:
+        return None
+    centers, scales = (t if t.stride(-1) == 1 else _copied_once(t) for t in frame)
+    return centers, scales
+
+
+def _copied_once(tensor: Tensor) -> Tensor:
+    """A contiguous copy, but of what is repeated along all but the last dimension, a single one."""
+    once = [slice(1) if stride == 0 else slice(None) for stride in tensor.stride()[:-1]]
+    return tensor[tuple(once)].contiguous().expand(tensor.shape)
 
 
 def _pointers(frame: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[Tensor, Tensor]:
