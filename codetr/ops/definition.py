@@ -41,21 +41,29 @@ def attend(value: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor
 
 
 def gradients(
-    grad: Tensor, value: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of value, locations and weights, from that of the result, (B, Q, H * D).
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[Size],
+    locations: Tensor,
+    weights: Tensor,
+    *,
+    with_value: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of value, None unless ``with_value``, locations and weights, from that of the result,
+    (B, Q, H * D).
 
     Adds up in an order that depends on the inputs alone, on every device.
     """
     if not locations.numel():
-        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
+        of_value = torch.zeros_like(value) if with_value else None
+        return of_value, torch.zeros_like(locations), torch.zeros_like(weights)
     frames = _Frames.around(shapes, value)
     samples = _Samples.at(locations, weights, frames)
     grad = grad.to(frames.rows.dtype).reshape(-1, value.shape[-1])  # (B Q H, D)
-    of_value = _gradient_of_value(grad, samples, frames)
+    of_value = _gradient_of_value(grad, samples, frames).to(value.dtype) if with_value else None
     of_locations, of_weights = _gradients_of_samples(grad, samples, frames)
     return (
-        of_value.to(value.dtype),
+        of_value,
         of_locations.view(locations.shape).to(locations.dtype),
         of_weights.view(weights.shape).to(weights.dtype),
     )

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention: one function, computed by plain PyTorch or by Triton kernels.
 
 Both implementations are operators of ``torch.library``: torch.compile and torch.export see one node
-with a known shape. ``codetr::deformable_attention`` decides when it runs who computes it.
+with a known shape. Each decides when it runs who computes it, and obeys the switch.
 """
 
 # ruff: noqa: ARG001, PLR0917 - an operator and its fake have one signature, of many tensors
@@ -75,17 +75,24 @@ def deformable_attention_fused(
         As :func:`deformable_attention`.
     """
     _check(value, shapes, offsets, logits)
-    batch, queries, _, levels, points, _ = offsets.shape
+    batch, queries, _, levels, _, _ = offsets.shape
     if centers.shape != (batch, queries, levels, 2):
         raise ValueError(
             f"centers {tuple(centers.shape)} do not fit offsets {tuple(offsets.shape)}"
         )
     if uses_triton(value.device):
         return _fused(value, _flat(shapes), centers, scales.expand(centers.shape), offsets, logits)
-    exact = torch.promote_types(value.dtype, torch.float32)
-    locations = _locations(centers, scales, offsets, exact)
-    weights = logits.flatten(3).softmax(-1, dtype=exact).unflatten(3, (levels, points))
+    locations, weights = _samples(value, centers, scales, offsets, logits)
     return _attention(value, _flat(shapes), locations, weights)
+
+
+def _samples(
+    value: Tensor, centers: Tensor, scales: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Locations and weights of :func:`deformable_attention`, in float32 at least."""
+    exact = torch.promote_types(value.dtype, torch.float32)
+    weights = logits.flatten(3).softmax(-1, dtype=exact).unflatten(3, logits.shape[3:])
+    return _locations(centers, scales, offsets, exact), weights
 
 
 def _locations(centers: Tensor, scales: Tensor, offsets: Tensor, exact: torch.dtype) -> Tensor:
@@ -164,17 +171,26 @@ def _attention(value: Tensor, sizes: list[int], locations: Tensor, weights: Tens
 
 @torch.library.custom_op("codetr::deformable_attention_backward", mutates_args=())
 def _attention_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
+    grad: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    locations: Tensor,
+    weights: Tensor,
+    with_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, empty unless with_value, of locations and of weights."""
     inputs = (grad, value, _pairs(sizes), locations, weights)
     if not uses_triton(value.device):
-        return definition.gradients(*inputs)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with _named() as kernels:
-        of_value, *others = kernels.backward(*inputs, with_value=not deterministic)
-    if deterministic:
-        of_value = definition.gradient_of_value(*inputs)
-    return of_value, *others
+        of_value, of_locations, of_weights = definition.gradients(*inputs, with_value=with_value)
+    else:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        with _named() as kernels:
+            of_value, of_locations, of_weights = kernels.backward(
+                *inputs, with_value=with_value and not deterministic
+            )
+        if with_value and deterministic:
+            of_value = definition.gradient_of_value(*inputs)
+    return value.new_empty(0) if of_value is None else of_value, of_locations, of_weights
 
 
 @torch.library.custom_op("codetr::deformable_attention_fused", mutates_args=())
@@ -186,8 +202,12 @@ def _fused(
     offsets: Tensor,
     logits: Tensor,
 ) -> Tensor:
+    shapes = _pairs(sizes)
+    if not uses_triton(value.device):  # a program that was traced where they are
+        locations, weights = _samples(value, centers, scales, offsets, logits)
+        return definition.attend(value, shapes, locations, weights)
     with _named() as kernels:
-        return kernels.fused_forward(value, _pairs(sizes), centers, scales, offsets, logits)
+        return kernels.fused_forward(value, shapes, centers, scales, offsets, logits)
 
 
 @torch.library.custom_op("codetr::deformable_attention_fused_backward", mutates_args=())
@@ -199,34 +219,54 @@ def _fused_backward(
     scales: Tensor,
     offsets: Tensor,
     logits: Tensor,
+    with_value: bool,
     with_frame: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of value, centers, scales, offsets and logits; empty ones unless with_frame."""
-    shapes = _pairs(sizes)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with _named() as kernels:
-        of_value, of_offsets, of_logits, of_locations = kernels.fused_backward(
-            grad,
-            value,
-            shapes,
-            centers,
-            scales,
-            offsets,
-            logits,
-            with_value=not deterministic,
-            with_frame=with_frame,
-        )
-    if deterministic:
-        exact = torch.promote_types(value.dtype, torch.float32)
-        locations = _locations(centers, scales, offsets, exact)
-        weights = logits.flatten(3).softmax(-1, dtype=exact).view(logits.shape)
-        of_value = definition.gradient_of_value(grad, value, shapes, locations, weights)
+    """Gradients of value, centers, scales, offsets and logits.
+
+    That of value is empty unless with_value, those of centers and scales unless with_frame.
+    """
+    inputs = (grad, value, _pairs(sizes), centers, scales, offsets, logits)
+    if not uses_triton(value.device):
+        of_value, of_offsets, of_logits, of_locations = _fused_gradients(*inputs, with_value)
+    else:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        with _named() as kernels:
+            of_value, of_offsets, of_logits, of_locations = kernels.fused_backward(
+                *inputs, with_value=with_value and not deterministic, with_frame=with_frame
+            )
+        if with_value and deterministic:
+            samples = _samples(value, centers, scales, offsets, logits)
+            of_value = definition.gradient_of_value(grad, value, _pairs(sizes), *samples)
+    if of_value is None:
+        of_value = value.new_empty(0)
     if with_frame:
         of_centers = of_locations.sum((2, 4)).to(centers.dtype)
         of_scales = (of_locations * offsets).sum((2, 4)).to(scales.dtype)
     else:
         of_centers, of_scales = centers.new_empty(0), scales.new_empty(0)
     return of_value, of_centers, of_scales, of_offsets, of_logits
+
+
+def _fused_gradients(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[Size],
+    centers: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    with_value: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """As of the kernels: gradients of value, offsets, logits and locations, in plain PyTorch."""
+    locations, weights = _samples(value, centers, scales, offsets, logits)
+    of_value, of_locations, of_weights = definition.gradients(
+        grad, value, shapes, locations, weights, with_value=with_value
+    )
+    of_offsets = of_locations * scales[:, :, None, :, None]
+    mean = (weights * of_weights).sum((3, 4), keepdim=True)
+    of_logits = weights * (of_weights - mean)
+    return of_value, of_offsets.to(offsets.dtype), of_logits.to(logits.dtype), of_locations
 
 
 # What tracing, autograd and autocast need to know of them -----------------------------------------
@@ -244,9 +284,14 @@ _fused.register_fake(_fake_forward)
 
 @_attention_backward.register_fake
 def _(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
+    grad: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    locations: Tensor,
+    weights: Tensor,
+    with_value: bool,
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_like(tensor) for tensor in (value, locations, weights))
+    return (_gradient(value, with_value), _gradient(locations), _gradient(weights))
 
 
 @_fused_backward.register_fake
@@ -258,13 +303,16 @@ def _(
     scales: Tensor,
     offsets: Tensor,
     logits: Tensor,
+    with_value: bool,
     with_frame: bool,
 ) -> tuple[Tensor, ...]:
-    frame = [_empty_like(t) if with_frame else t.new_empty(0) for t in (centers, scales)]
-    return (_empty_like(value), *frame, _empty_like(offsets), _empty_like(logits))
+    frame = [_gradient(tensor, with_frame) for tensor in (centers, scales)]
+    return (_gradient(value, with_value), *frame, _gradient(offsets), _gradient(logits))
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
+def _gradient(tensor: Tensor, wanted: bool = True) -> Tensor:
+    if not wanted:
+        return tensor.new_empty(0)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -275,21 +323,22 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
+    with_value = ctx.needs_input_grad[0]
     of_value, of_locations, of_weights = _attention_backward(
-        grad, value, ctx.sizes, locations, weights
+        grad, value, ctx.sizes, locations, weights, with_value
     )
-    return of_value, None, of_locations, of_weights
+    return of_value if with_value else None, None, of_locations, of_weights
 
 
 def _differentiate_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, *others = ctx.saved_tensors
-    with_frame = any(ctx.needs_input_grad[2:4])
+    with_value, with_frame = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:4])
     of_value, *of_frame, of_offsets, of_logits = _fused_backward(
-        grad, value, ctx.sizes, *others, with_frame
+        grad, value, ctx.sizes, *others, with_value, with_frame
     )
     if not with_frame:
         of_frame = [None, None]
-    return of_value, None, *of_frame, of_offsets, of_logits
+    return of_value if with_value else None, None, *of_frame, of_offsets, of_logits
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)

@@ -86,6 +86,50 @@ def _coordinates(
 
 
 @triton.jit
+def _corners(
+    places,
+    centers,
+    scales,
+    active,
+    start,
+    height,
+    width,
+    channel,
+    STEP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Where the upper left corner of a sample is read; the way from it to the sample, right and
+    down; which of upper left, upper right, lower left and lower right are in the map."""
+    x, y = _coordinates(places, centers, scales, active, height, width, FUSED, ACC)
+    left, right = _place(x, width.to(ACC))
+    top, down = _place(y, height.to(ACC))
+    is_left = (left >= 0) & (left < width) & active
+    is_right = (left >= -1) & (left < width - 1) & active
+    is_top = (top >= 0) & (top < height)
+    is_bottom = (top >= -1) & (top < height - 1)
+    return (
+        ((start + top * width + left) * STEP)[:, None] + channel[None, :],
+        right,
+        down,
+        _mask(is_top & is_left, channel, CHANNELS, BLOCK_D),
+        _mask(is_top & is_right, channel, CHANNELS, BLOCK_D),
+        _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D),
+        _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D),
+    )
+
+
+@triton.jit
+def _shares(weight, right, down):
+    """What each of the four corners counts for."""
+    lower = weight * down
+    upper = weight - lower
+    return upper - upper * right, upper * right, lower - lower * right, lower * right
+
+
+@triton.jit
 def _softmax_terms(logits, active):
     """The largest logit of each query, and one over the sum of all exp(logit - largest)."""
     largest = tl.where(active, tl.max(logits, axis=1), 0.0)
@@ -146,42 +190,34 @@ def _forward(
     for level in tl.static_range(LEVELS):
         height, width = _sizes_of_level(sizes, level)
         for point in range(POINTS):
-            x, y = _coordinates(
+            cell, right, down, mask_0, mask_1, mask_2, mask_3 = _corners(
                 places + 2 * (level * POINTS + point),
                 centers + level * centers_level,
                 scales + level * scales_level,
                 active,
+                start,
                 height,
                 width,
+                channel,
+                STEP,
+                CHANNELS,
+                BLOCK_D,
                 FUSED,
                 ACC,
             )
             weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
             if FUSED:
                 weight = tl.exp(weight - largest)
-            left, right = _place(x, width.to(ACC))
-            top, down = _place(y, height.to(ACC))
-            is_left = (left >= 0) & (left < width) & active
-            is_right = (left >= -1) & (left < width - 1) & active
-            is_top = (top >= 0) & (top < height)
-            is_bottom = (top >= -1) & (top < height - 1)
-            lower = weight * down
-            upper = weight - lower
-
-            rows = value + ((start + top * width + left) * STEP)[:, None] + channel[None, :]
-            below = rows + width * STEP
-            mask = _mask(is_top & is_left, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(rows, mask=mask, other=0.0).to(ACC)
-            attended += (upper - upper * right)[:, None] * cells
-            mask = _mask(is_top & is_right, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(rows + STEP, mask=mask, other=0.0).to(ACC)
-            attended += (upper * right)[:, None] * cells
-            mask = _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(below, mask=mask, other=0.0).to(ACC)
-            attended += (lower - lower * right)[:, None] * cells
-            mask = _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D)
-            cells = tl.load(below + STEP, mask=mask, other=0.0).to(ACC)
-            attended += (lower * right)[:, None] * cells
+            share_0, share_1, share_2, share_3 = _shares(weight, right, down)
+            cells = tl.load(value + cell, mask=mask_0, other=0.0).to(ACC)
+            attended += share_0[:, None] * cells
+            cells = tl.load(value + cell + STEP, mask=mask_1, other=0.0).to(ACC)
+            attended += share_1[:, None] * cells
+            below = cell + width * STEP
+            cells = tl.load(value + below, mask=mask_2, other=0.0).to(ACC)
+            attended += share_2[:, None] * cells
+            cells = tl.load(value + below + STEP, mask=mask_3, other=0.0).to(ACC)
+            attended += share_3[:, None] * cells
         start += height * width
 
     if FUSED:
@@ -198,6 +234,44 @@ def _corner(rows, mask, of_rows, grad, share, SCATTER: tl.constexpr, ACC: tl.con
     if SCATTER:
         tl.atomic_add(of_rows, share[:, None] * grad, mask=mask, sem="relaxed")
     return tl.sum(cells * grad, axis=1)
+
+
+@triton.jit
+def _with_column(tile, column, index, values):
+    """``tile`` (queries, columns) with ``values`` (queries,) in the column that has this index."""
+    return tl.where((column == index)[None, :], values[:, None], tile)
+
+
+@triton.jit
+def _store(rows, column, tile, active, WIDTH: tl.constexpr):
+    """Write those columns of ``tile`` that rows of this width have."""
+    mask = active[:, None] & (column < WIDTH)[None, :]
+    where = rows[:, None] + column[None, :]
+    tl.store(where, tile.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_pairs(rows, column, tile, tile_2, active, SAMPLES: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Write (x, y) of all samples, which one tile holds, or two."""
+    _store(rows, column, tile, active, 2 * SAMPLES)
+    if BLOCK_W < 2 * SAMPLES:
+        _store(rows, column + BLOCK_W, tile_2, active, 2 * SAMPLES)
+
+
+@triton.jit
+def _scale(
+    scales,
+    column,
+    scales_level,
+    active,
+    SAMPLES: tl.constexpr,
+    POINTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What an offset of one moves, for each column of offsets: (x, y) of the sample's level."""
+    mask = active[:, None] & (column < 2 * SAMPLES)[None, :]
+    where = scales[:, None] + (column // (2 * POINTS) * scales_level + column % 2)[None, :]
+    return tl.load(where, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -235,6 +309,7 @@ def _backward(
 ):
     SAMPLES: tl.constexpr = LEVELS * POINTS
     STEP: tl.constexpr = HEADS * CHANNELS  # from one cell of the map to the next
+    TWO: tl.constexpr = BLOCK_W < 2 * SAMPLES  # tiles for (x, y), as wide as that for weights
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -264,70 +339,67 @@ def _backward(
         largest, inverse = _softmax_terms(logits, active)
     mean = tl.zeros((BLOCK_Q,), dtype=ACC)
     # Gathered in registers and stored as whole rows: (x, y) of all samples, and their weights.
-    all_locations = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+    locations = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
+    locations_2 = locations
     all_weights = tl.zeros((BLOCK_Q, BLOCK_W), dtype=ACC)
 
     start = 0
     for level in tl.static_range(LEVELS):
         height, width = _sizes_of_level(sizes, level)
         for point in range(POINTS):
-            x, y = _coordinates(
+            cell, right, down, mask_0, mask_1, mask_2, mask_3 = _corners(
                 places + 2 * (level * POINTS + point),
                 centers + level * centers_level,
                 scales + level * scales_level,
                 active,
+                start,
                 height,
                 width,
+                channel,
+                STEP,
+                CHANNELS,
+                BLOCK_D,
                 FUSED,
                 ACC,
             )
             weight = tl.load(scores + level * POINTS + point, mask=active, other=0.0).to(ACC)
             if FUSED:
                 weight = tl.exp(weight - largest) * inverse
-            left, right = _place(x, width.to(ACC))
-            top, down = _place(y, height.to(ACC))
-            is_left = (left >= 0) & (left < width) & active
-            is_right = (left >= -1) & (left < width - 1) & active
-            is_top = (top >= 0) & (top < height)
-            is_bottom = (top >= -1) & (top < height - 1)
-            lower = weight * down
-            upper = weight - lower
-
-            cell = ((start + top * width + left) * STEP)[:, None] + channel[None, :]
+            share_0, share_1, share_2, share_3 = _shares(weight, right, down)
             below = cell + width * STEP
             upper_left = _corner(
                 value + cell,
-                _mask(is_top & is_left, channel, CHANNELS, BLOCK_D),
+                mask_0,
                 of_value + cell,
                 above,
-                upper - upper * right,
+                share_0,
                 SCATTER,
                 ACC,
             )
             upper_right = _corner(
                 value + cell + STEP,
-                _mask(is_top & is_right, channel, CHANNELS, BLOCK_D),
+                mask_1,
                 of_value + cell + STEP,
                 above,
-                upper * right,
+                share_1,
                 SCATTER,
                 ACC,
             )
             lower_left = _corner(
                 value + below,
-                _mask(is_bottom & is_left, channel, CHANNELS, BLOCK_D),
+                mask_2,
                 of_value + below,
                 above,
-                lower - lower * right,
+                share_2,
                 SCATTER,
                 ACC,
             )
             lower_right = _corner(
                 value + below + STEP,
-                _mask(is_bottom & is_right, channel, CHANNELS, BLOCK_D),
+                mask_3,
                 of_value + below + STEP,
                 above,
-                lower * right,
+                share_3,
                 SCATTER,
                 ACC,
             )
@@ -341,27 +413,26 @@ def _backward(
             of_y = (on_bottom - on_top) * weight * height.to(ACC)
             mean += weight * of_weight
             sample = level * POINTS + point
-            all_locations = tl.where((column == 2 * sample)[None, :], of_x[:, None], all_locations)
-            all_locations = tl.where(
-                (column == 2 * sample + 1)[None, :], of_y[:, None], all_locations
-            )
-            all_weights = tl.where((column == sample)[None, :], of_weight[:, None], all_weights)
+            locations = _with_column(locations, column, 2 * sample, of_x)
+            locations = _with_column(locations, column, 2 * sample + 1, of_y)
+            if TWO:
+                locations_2 = _with_column(locations_2, column + BLOCK_W, 2 * sample, of_x)
+                locations_2 = _with_column(locations_2, column + BLOCK_W, 2 * sample + 1, of_y)
+            all_weights = _with_column(all_weights, column, sample, of_weight)
         start += height * width
 
-    is_place = active[:, None] & (column < 2 * SAMPLES)[None, :]
     if FRAME:
-        where = of_locations[:, None] + column[None, :]
-        tl.store(where, all_locations.to(of_locations.dtype.element_ty), mask=is_place)
+        _store_pairs(of_locations, column, locations, locations_2, active, SAMPLES, BLOCK_W)
     if FUSED:
         weights = tl.exp(logits - largest[:, None]) * inverse[:, None]
         all_weights = weights * (all_weights - mean[:, None])
-        # Each column's own scale: (x, y) of the level that the sample is of.
-        scale = scales[:, None] + (column // (2 * POINTS) * scales_level + column % 2)[None, :]
-        all_locations *= tl.load(scale, mask=is_place, other=0.0).to(ACC)
-    where = of_places[:, None] + column[None, :]
-    tl.store(where, all_locations.to(of_places.dtype.element_ty), mask=is_place)
-    where = of_scores[:, None] + column[None, :]
-    tl.store(where, all_weights.to(of_scores.dtype.element_ty), mask=is_score)
+        locations *= _scale(scales, column, scales_level, active, SAMPLES, POINTS, ACC)
+        if TWO:
+            locations_2 *= _scale(
+                scales, column + BLOCK_W, scales_level, active, SAMPLES, POINTS, ACC
+            )
+    _store_pairs(of_places, column, locations, locations_2, active, SAMPLES, BLOCK_W)
+    _store(of_scores, column, all_weights, active, SAMPLES)
 
 
 WARPS = 4
@@ -433,21 +504,24 @@ def _attend(
     frame: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     batch, queries, heads = places.shape[:3]
-    result = value.new_zeros(batch, queries, heads * value.shape[-1])
-    if result.numel() and places.numel():
-        value, places, scores = value.contiguous(), places.contiguous(), scores.contiguous()
-        grid, constants = _plan(value, places, value.element_size())
-        with torch.cuda.device_of(value):
-            _forward[grid](
-                value,
-                places,
-                scores,
-                *_pointers(frame, places),
-                result,
-                *_layout(value, shapes, places, frame),
-                FUSED=frame is not None,
-                **constants,
-            )
+    shape = (batch, queries, heads * value.shape[-1])
+    if not (places.numel() and value.shape[-1]):
+        return value.new_zeros(shape)
+    value, places, scores = value.contiguous(), places.contiguous(), scores.contiguous()
+    frame = _pairs_together(frame)
+    result = value.new_empty(shape)  # the kernel writes every element
+    grid, constants = _plan(value, places, value.element_size())
+    with torch.cuda.device_of(value):
+        _forward[grid](
+            value,
+            places,
+            scores,
+            *_pointers(frame, places),
+            result,
+            *_layout(value, shapes, places, frame),
+            FUSED=frame is not None,
+            **constants,
+        )
     return result
 
 
@@ -465,10 +539,14 @@ def _differentiate(
     exact = torch.promote_types(value.dtype, torch.float32)
     grad, value = grad.contiguous(), value.contiguous()
     places, scores = places.contiguous(), scores.contiguous()
+    frame = _pairs_together(frame)
+    launched = grad.numel() and places.numel()
+    # The kernel adds to the gradient of value, and writes every element of the others.
+    like = torch.empty_like if launched else torch.zeros_like
     of_value = torch.zeros_like(value, dtype=exact) if with_value else None
-    of_places, of_scores = torch.zeros_like(places), torch.zeros_like(scores)
-    of_locations = torch.zeros_like(places, dtype=exact) if with_frame else None
-    if grad.numel() and places.numel():
+    of_places, of_scores = like(places), like(scores)
+    of_locations = like(places, dtype=exact) if with_frame else None
+    if launched:
         # Atomic additions are what a backward waits for: a thread adds 16 bytes of them at once.
         grid, constants = _plan(value, places, exact.itemsize)
         with torch.cuda.device_of(value):
@@ -496,6 +574,20 @@ def _differentiate(
     )
 
 
+def _pairs_together(frame: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """``frame`` with x beside y in memory, as the kernels read them; other strides may be any."""
+    if frame is None:
+        return None
+    centers, scales = (t if t.stride(-1) == 1 else _copied_once(t) for t in frame)
+    return centers, scales
+
+
+def _copied_once(tensor: Tensor) -> Tensor:
+    """A contiguous copy, but of what is repeated along all but the last dimension, a single one."""
+    once = [slice(1) if stride == 0 else slice(None) for stride in tensor.stride()[:-1]]
+    return tensor[tuple(once)].contiguous().expand(tensor.shape)
+
+
 def _pointers(frame: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[Tensor, Tensor]:
     return (unused, unused) if frame is None else frame
 
@@ -517,7 +609,7 @@ def _plan(
         "BLOCK_Q": block_q,
         "BLOCK_D": block_d,
         # As wide as the channels where it can be: tiles of one shape need no exchange of threads.
-        "BLOCK_W": max(block_d, triton.next_power_of_2(2 * levels * points)),
+        "BLOCK_W": max(block_d, triton.next_power_of_2(levels * points)),
         "num_warps": WARPS,
     }
     return (triton.cdiv(queries, block_q), heads, batch), constants

@@ -43,6 +43,8 @@ SMALL = [
     Case(((5, 3), (2, 2)), dtype=torch.float16, heads=1),
     Case(((3, 4), (2, 2)), queries=0),
     Case(((3, 4), (2, 2)), batch=0),
+    # (x, y) of all samples fill more columns than the channels
+    Case(((2, 3), (3, 2), (1, 1), (2, 1), (1, 1)), points=4, queries=3, batch=1, heads=1),
 ]
 TOLERANCES = {
     torch.float64: 1e-11,

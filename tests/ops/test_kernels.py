@@ -39,11 +39,15 @@ def test_fused(case: Case) -> None:
     assert_kernels_agree(fused(case), fused_inputs(case), DEVICE)
 
 
-@pytest.mark.parametrize("case", [SMALL[1], SMALL[6]], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_deterministic(case: Case) -> None:
-    """test_kernels_on_gpu.py shows that it is: an interpreter has but one thread."""
+    """test_kernels_on_gpu.py shows that it is: an interpreter has but one thread.
+
+    PyTorch then fills new memory with NaN: what is equal nevertheless was written.
+    """
     torch.use_deterministic_algorithms(True)
     try:
+        assert torch.empty(1, device=DEVICE).isnan()
         assert_kernels_agree(plain(case), plain_inputs(case), DEVICE)
         assert_kernels_agree(fused(case), fused_inputs(case), DEVICE)
     finally:
@@ -71,6 +75,35 @@ def test_views() -> None:
     assert_kernels_agree(fused(case), (strided, *others), DEVICE)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [(..., slice(1)), (slice(None), slice(None), slice(1), slice(1)), (0, 0, 0, slice(1))],
+    ids=["axes alike", "levels and axes alike", "one number"],
+)
+def test_frames_that_are_views(part: tuple) -> None:
+    """x and y need not be neighbours in memory, nor differ."""
+    case = SMALL[3]
+    value, centers, scales, *others = fused_inputs(case)
+    centers = torch.stack(centers.unbind(-1)).movedim(0, -1)
+    assert centers.stride(-1) != 1
+    scales = scales[part]
+    assert_kernels_agree(fused(case), (value, centers, scales, *others), DEVICE)
+    # What a view repeats is a leaf of its own: its gradient has all of its elements.
+    repeated = scales.expand(centers.shape)
+    assert_kernels_agree(fused(case), (value, centers, repeated, *others), DEVICE)
+
+
+def test_a_frozen_value() -> None:
+    """Its gradient is not computed, and the others are as with it."""
+    case = SMALL[1]
+    for function, (value, *others) in (
+        (plain(case), plain_inputs(case)),
+        (fused(case), fused_inputs(case)),
+    ):
+        frozen = value.to(DEVICE)
+        assert_kernels_agree(lambda *rest, f=function, v=frozen: f(v, *rest), tuple(others), DEVICE)
+
+
 def test_operator_is_as_pytorch_demands() -> None:
     case = Case(((2, 3),), queries=3, batch=1, heads=1, points=1, channels=4)
     inputs = tuple(t.to(DEVICE).nan_to_num().requires_grad_() for t in fused_inputs(case))
@@ -80,8 +113,8 @@ def test_operator_is_as_pytorch_demands() -> None:
         )
         grad = inputs[0].new_zeros(1, 3, 4)
         detached = [tensor.detach() for tensor in inputs]
-        for with_frame in (True, False):
+        for wanted in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(
                 torch.ops.codetr.deformable_attention_fused_backward.default,
-                (grad, detached[0], [2, 3], *detached[1:], with_frame),
+                (grad, detached[0], [2, 3], *detached[1:], *wanted),
             )

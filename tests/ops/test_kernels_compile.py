@@ -80,6 +80,19 @@ def test_kernels_compile(gpu: AbsentGPU, case: Case) -> None:
     assert gpu.launched == ["_forward", "_backward"] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [4, 5])
+def test_threads_exchange_nothing(gpu: AbsentGPU, levels: int, dtype: torch.dtype) -> None:
+    """A tile that changes its layout goes through shared memory, and all threads wait for it."""
+    from codetr.ops import triton_kernels
+
+    case = Case((*FOUR, (1, 1))[:levels], points=4, heads=8, dtype=dtype)
+    with_gradients(fused(case), fused_inputs(case), "cpu")
+    for kernel in (triton_kernels._forward, triton_kernels._backward):
+        (compiled,) = kernel.device_caches[0][0].values()
+        assert "convert_layout" not in compiled.asm["ttgir"], kernel.fn.__name__
+
+
 def test_other_sizes_compile_nothing_new(gpu: AbsentGPU) -> None:
     """Every batch of a multi-scale training has maps of its own size."""
     from codetr.ops import triton_kernels

@@ -8,8 +8,17 @@ import sys
 
 import pytest
 import torch
-from attention_cases import SMALL, plain, plain_inputs, with_gradients
+from attention_cases import (
+    SMALL,
+    TOLERANCES,
+    fused,
+    fused_inputs,
+    plain,
+    plain_inputs,
+    with_gradients,
+)
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codetr.ops import deformable_attention, implementation
 from codetr.ops.switch import uses_triton
@@ -50,8 +59,73 @@ def test_operator_is_as_pytorch_demands(case) -> None:
     grad = value.new_zeros(case.batch, case.queries, case.heads * case.channels)
     torch.library.opcheck(
         torch.ops.codetr.deformable_attention_backward.default,
-        (grad, *(t.detach() for t in (value,)), sizes, locations.detach(), weights.detach()),
+        (grad, value.detach(), sizes, locations.detach(), weights.detach(), True),
     )
+
+
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[6], SMALL[8]], ids=str)
+def test_fused_operator_is_as_pytorch_demands(case) -> None:
+    """Without kernels, too: programs traced on a GPU have it."""
+    inputs = tuple(t.nan_to_num().requires_grad_() for t in fused_inputs(case))
+    value, *others = inputs
+    sizes = [side for shape in case.shapes for side in shape]
+    operators = torch.ops.codetr
+    torch.library.opcheck(operators.deformable_attention_fused.default, (value, sizes, *others))
+    grad = value.new_zeros(case.batch, case.queries, case.heads * case.channels)
+    for wanted in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            operators.deformable_attention_fused_backward.default,
+            (grad, value.detach(), sizes, *(t.detach() for t in others), *wanted),
+        )
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_fused_operator_without_kernels(case) -> None:
+    """It computes what the function does, which calls the plain operator where no kernels are."""
+    sizes = [side for shape in case.shapes for side in shape]
+
+    def operator(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return torch.ops.codetr.deformable_attention_fused(value, sizes, *others)
+
+    inputs = fused_inputs(case)
+    with implementation("reference"):
+        expected = with_gradients(fused(case), inputs, "cpu")
+        actual = with_gradients(operator, inputs, "cpu")
+    tolerance = TOLERANCES[case.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+class Calls(TorchDispatchMode):
+    """The last argument of every call of an operator's backward."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.name().endswith("_backward") and "codetr" in function.name():
+            name = "fused" if "fused" in function.name() else "plain"
+            self.wanted[name] = arguments[7 if name == "fused" else 5]
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_gradient_of_a_frozen_value(trained: bool) -> None:
+    case = SMALL[1]
+    with Calls() as calls:
+        for name, (value, *others) in (
+            ("plain", plain_inputs(case, odd=False)),
+            ("fused", fused_inputs(case)),
+        ):
+            value.requires_grad_(trained)
+            others[-1].requires_grad_()
+            sizes = [side for shape in case.shapes for side in shape]
+            operators = {
+                "plain": torch.ops.codetr.deformable_attention,
+                "fused": torch.ops.codetr.deformable_attention_fused,
+            }
+            operators[name](value, sizes, *others).sum().backward()
+            assert (value.grad is not None) == trained
+    assert calls.wanted == {"plain": trained, "fused": trained}
 
 
 def test_compiles_to_one_graph() -> None:
@@ -74,6 +148,33 @@ def test_export_keeps_it_as_one_node() -> None:
     assert targets.count("codetr.deformable_attention.default") == 1
     others = tuple(torch.cat((t, t)) for t in inputs)
     torch.testing.assert_close(program.module()(*others), layer(*others))
+
+
+def test_a_program_with_the_fused_operator_runs_without_kernels() -> None:
+    """Exported, or compiled, where kernels compute it: no kernel runs while tracing."""
+    pytest.importorskip("triton")
+    layer, inputs = Layer(), layer_inputs()
+    with implementation("triton"):
+        program = torch.export.export(layer, inputs, strict=False)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("codetr.deformable_attention_fused.default") == 1
+    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+
+
+def test_the_fused_operator_compiles_to_one_graph() -> None:
+    case = SMALL[1]
+    sizes = [side for shape in case.shapes for side in shape]
+
+    def operator(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return torch.ops.codetr.deformable_attention_fused(value, sizes, *others)
+
+    compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    inputs = fused_inputs(case)
+    torch.testing.assert_close(
+        with_gradients(compiled, inputs, "cpu"),
+        with_gradients(operator, inputs, "cpu"),
+        equal_nan=True,
+    )
 
 
 def test_autocast_leaves_types_alone() -> None:
