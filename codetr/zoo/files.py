@@ -33,13 +33,14 @@ class Report:
         weights: what was read, as ours.
         tensors: how many tensors the file had.
         dropped: names that were left out, and why.
-        names: detectors of the zoo that it can be; the settings are those of the first.
+        names: detectors of the zoo that it can be; the settings are those of the first. None: it
+            is of a training of ours, which says itself what it is.
     """
 
     weights: Weights
     tensors: int
     dropped: dict[str, str] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 def convert(
@@ -50,7 +51,8 @@ def convert(
     Args:
         file: the checkpoint, or the folder of one of ours.
         out: a ``.safetensors`` file; written whole or not at all.
-        name: of the zoo's detector, where several have the same shapes.
+        name: of the zoo's detector, where several have the same shapes; None: the file's name
+            may tell, see :func:`import_official`.
         annotations: a COCO or LVIS annotation file with the classes, where ``file`` does not name
             them and they are not COCO's.
 
@@ -81,7 +83,7 @@ def read(file: Path, *, name: str | None = None, annotations: Path | None = None
         return Report(weights, len(weights.model))
     state, beside = _state_dict(content, file)
     try:
-        imported = import_official(state, name)
+        imported = import_official(state, name, file.stem)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     count = imported.config.num_classes

@@ -18,9 +18,11 @@ from codetr.checkpoint import save_checkpoint
 from codetr.data import Classes
 from codetr.data.digits import make_digits
 from codetr.weights import Weights, save_weights
-from codetr.zoo.catalogue import names
+from codetr.zoo.catalogue import detector_config, entry, names
+from codetr.zoo.files import Report
 from orchestrator import cli
 from orchestrator.use import image_files
+from orchestrator.zoo_console import show_conversion
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Command = Callable[..., tuple[int, str, str]]
@@ -75,6 +77,7 @@ def test_one_model_as_yaml(command: Command) -> None:
     code, out, _ = command("models", "co-dino-5scale-r50")
     assert code == 0
     assert out.startswith("# co-dino-5scale-r50: AP 51.2 (12), 52.1 (12)")
+    assert "# images: short side 800 pixels, long side at most 1333" in out
     assert yaml.safe_load(out)["detector"]["queries"]["count"] == 900
     code, out, _ = command("models", "adamixer-r50")
     assert code == 0
@@ -106,6 +109,8 @@ def test_convert_reports_and_eval_and_predict_take_it(
     code, out, err = command("convert", official, "--out", out_file)
     assert (code, err) == (0, "")
     assert "K = 2, 30 queries, 5 classes" in out
+    assert "  images: short side 800 pixels, long side at most 1333" in out
+    assert "no detector of the zoo has these shapes" in out
     assert "left out: 1, as mask_head.stages.0.weight (mask branch" in out
     assert "left out: 1, as optimizer (state of a training)" in out
     image, found_in = tmp_path / "a.png", tmp_path / "found"
@@ -125,6 +130,20 @@ def test_convert_reports_and_eval_and_predict_take_it(
     assert "classes differ" in err
     assert "has 10, of which" in err
     assert "has 5, of which" in err
+
+
+def test_several_detectors_of_the_same_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """What convert says of them; their files are too large to be made here."""
+    config, names = detector_config("co-dino-5scale-swin-l"), ("swin-l", "swin-l-lsj")
+    several = tuple(f"co-dino-5scale-{name}" for name in names)
+    weights = Weights({}, config, entry(several[0]).data_config, Classes((), ()))
+    show_conversion(Path("m.safetensors"), Report(weights, 5, {}, several))
+    said = capsys.readouterr().out
+    assert said.startswith("m.safetensors: co-dino-5scale-swin-l, K = 2, 900 queries")
+    assert "ambiguous: as well co-dino-5scale-swin-l-lsj (on a canvas of 1280 × 1280" in said
+    assert "--name" in said
+    show_conversion(Path("m.safetensors"), Report(weights, 5, {}, several[:1]))
+    assert "--name" not in capsys.readouterr().out
 
 
 def test_convert_there_and_back(command: Command, official: Path, tmp_path: Path) -> None:
