@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codetr.backbones.names import COUNTERS
 from codetr.checkpoint import CheckpointError, without_download
 from codetr.config import DataConfig, DetectorConfig
 from codetr.detector import CoDETR
@@ -34,9 +35,6 @@ DROPPED = {
     r"backbone\.(.*\.)?rope\w*\.freqs_(cos|sin)": DERIVED,
 }
 """Names that have no place in our detector, and why."""
-
-COUNTERS = "num_batches_tracked"
-"""How names end that old checkpoints lack; frozen batch norm has no use for them."""
 
 LISTED = 20
 """Names that an error lists of each kind."""
