@@ -192,19 +192,19 @@ def detect_in(
     dataset: CocoDataset,
     data: DataConfig,
     *,
-    tta: TTA,
     batch_size: int = 8,
     branch: str = QUERY,
+    precision: Precision = "fp32",
+    tta: TTA | None = None,
 ) -> dict[int, Detections]:
     """Detections in every image of a data set by its id, in pixels of its file, as
-    :func:`codetr.metrics.evaluate` takes them; with augmentation at test time.
+    :func:`codetr.metrics.evaluate` takes them: just those of :meth:`CoDETR.predict`.
 
     Args:
         model: in evaluation mode.
         dataset: the images; its transform is not used.
         data: says how images are resized and normalised.
-        tta: the views.
-        batch_size, branch: see :func:`predict`.
+        batch_size, branch, precision, tta: see :func:`predict`.
     """
     originals = copy(dataset)
     originals.transform = None
@@ -212,7 +212,7 @@ def detect_in(
     for some in _windows(range(len(originals)), batch_size):
         images, targets = zip(*(originals[index] for index in some), strict=True)
         detections = _detect_each(
-            model, images, data, batch_size=batch_size, branch=branch, precision="fp32", tta=tta
+            model, images, data, batch_size=batch_size, branch=branch, precision=precision, tta=tta
         )
         found |= {t.image_id: each for t, each in zip(targets, detections, strict=True)}
     return found

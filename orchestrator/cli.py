@@ -362,6 +362,9 @@ CheckpointArgument = Annotated[
 BranchOption = Annotated[
     str, typer.Option(help="query, or the name of an auxiliary head to look at it alone.")
 ]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16"], typer.Option(help="bf16: faster on a GPU, and less exact.")
+]
 
 
 @app.command("eval")
@@ -370,7 +373,10 @@ def evaluate(
     *,
     data: DataOption,
     branch: BranchOption = "query",
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images at a time, where they have one size.")
+    ] = 8,
+    precision: PrecisionOption = "fp32",
     engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option()] = "hotcoco",
     tta: Annotated[
         bool, typer.Option("--tta", help="Merge what is found in several sizes, and mirrored.")
@@ -397,6 +403,7 @@ def evaluate(
         data,
         branch=branch,
         batch_size=batch_size,
+        precision=precision,
         engine=engine,
         tta=augmentation(tta, scales, flip),
         json_file=json_file,
@@ -421,6 +428,7 @@ def predict(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images at a time, where they have one size.")
     ] = 1,
+    precision: PrecisionOption = "fp32",
 ) -> None:
     """Detect objects: a picture with boxes for each image, and all detections as COCO JSON."""
     from rich.console import Console
@@ -436,6 +444,7 @@ def predict(
             min_score=min_score,
             branch=branch,
             batch_size=batch_size,
+            precision=precision,
             progress=progress,
         )
     for path in written:

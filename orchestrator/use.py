@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from codetr.data import Classes
     from codetr.detector import CoDETR
-    from codetr.inference import Prediction
+    from codetr.inference import Precision, Prediction
     from codetr.metrics import Metrics
     from codetr.tta import TTA
     from codetr.weights import Weights
@@ -37,6 +37,7 @@ def evaluate_checkpoint(
     *,
     branch: str = "query",
     batch_size: int = 8,
+    precision: Precision = "fp32",
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco",
     tta: TTA | None = None,
     json_file: Path | None = None,
@@ -48,7 +49,8 @@ def evaluate_checkpoint(
             machine, or as any URL of fsspec.
         data: a folder in COCO layout, ``digits`` or ``digits-lvis``.
         branch: ``query``, or an auxiliary head's name.
-        batch_size: images that go through the model together.
+        batch_size: images that go through the model together, if it sees them at the same size.
+        precision: see :meth:`CoDETR.predict`.
         engine: what computes the metrics.
         tta: augmentation at test time.
         json_file: where to write them too.
@@ -56,22 +58,19 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError, DataError, ConfigError: either cannot be used, or their classes differ.
     """
-    from codetr.data import build_loader, open_dataset
+    from codetr.data import open_dataset
     from codetr.inference import detect_in
-    from codetr.metrics import evaluate as measure
-    from codetr.training import evaluate
+    from codetr.metrics import evaluate
 
     trained, model = _load(checkpoint, branch)
     config = data_config(trained.data, data)
     dataset = open_dataset(config, "val")
     dataset.classes.require_same(trained.classes, str(dataset.annotations), trained.source)
-    model.to(device())
-    if tta is None:
-        loader = build_loader(dataset, batch_size, training=False)
-        metrics = evaluate(model, loader, dataset, engine, branch=branch).metrics
-    else:
-        found = detect_in(model, dataset, config, tta=tta, batch_size=batch_size, branch=branch)
-        metrics = measure(dataset, found, engine)
+    options: dict[str, Any] = {"batch_size": batch_size, "branch": branch, "precision": precision}
+    # Not a training's batches, in which images are padded to the largest: what is found in one
+    # would depend on the others, and differ from what predict finds.
+    found = detect_in(model.to(device()), dataset, config, tta=tta, **options)
+    metrics = evaluate(dataset, found, engine)
     if json_file is not None:
         # JSON has no NaN: what is undefined, as the AP of large objects without any, is null.
         summary = {k: v if math.isfinite(v) else None for k, v in metrics.summary.items()}
@@ -110,6 +109,7 @@ def predict_images(
     min_score: float = 0.3,
     branch: str = "query",
     batch_size: int = 1,
+    precision: Precision = "fp32",
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write a picture with boxes for each image, and ``predictions.json`` with all detections.
@@ -121,6 +121,7 @@ def predict_images(
         min_score: pictures show no detection below it; the JSON has all.
         branch: ``query``, or an auxiliary head's name.
         batch_size: images that go through the model together, if it sees them at the same size.
+        precision: see :meth:`CoDETR.predict`.
         progress: called after each image.
 
     Returns:
@@ -142,9 +143,8 @@ def predict_images(
     written: list[Path] = []
     taken: set[Path] = set()
     found: list[Prediction] = []
-    for prediction in predict(
-        model.to(device()), files, trained.data, branch=branch, batch_size=batch_size
-    ):
+    options: dict[str, Any] = {"batch_size": batch_size, "branch": branch, "precision": precision}
+    for prediction in predict(model.to(device()), files, trained.data, **options):
         picture = draw(
             prediction.image, prediction.detections, trained.classes, min_score=min_score
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +43,7 @@ def convert(
     from codetr.config import ConfigError
     from codetr.zoo.files import convert as convert_file
     from codetr.zoo.files import export
+    from orchestrator.zoo_console import show_conversion
 
     if to_official:
         if name is not None or classes is not None:
@@ -51,16 +51,4 @@ def convert(
         export(checkpoint, out)
         print(f"{out}: official names")
         return
-    report = convert_file(checkpoint, out, name=name, annotations=classes)
-    detector = report.weights.detector
-    print(
-        f"{out}: {report.names[0] if report.names else detector.backbone.name}, "
-        f"K = {detector.k}, {detector.queries.count} queries, {detector.num_classes} classes; "
-        f"{report.tensors} tensors read"
-    )
-    if len(report.names) > 1:
-        others = ", ".join(report.names[1:])
-        print(f"  has the shapes of {others}, too: choose its settings with --name")
-    for why, count in Counter(report.dropped.values()).items():
-        first = next(key for key, reason in report.dropped.items() if reason == why)
-        print(f"  left out: {count}, as {first} ({why})")
+    show_conversion(out, convert_file(checkpoint, out, name=name, annotations=classes))

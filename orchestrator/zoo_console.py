@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from codetr.zoo.catalogue import Entry, Published
+from codetr.config import DataConfig
+from codetr.zoo.catalogue import Entry, Published, entry
+
+if TYPE_CHECKING:
+    from codetr.zoo.files import Report
 
 NARROWEST, WIDE = 130, 180
 """Columns of the table: at least so many, also where a terminal must wrap them; and so many where
@@ -48,8 +55,38 @@ def show_detector(entry: Entry) -> None:
             f"# {measured.inference_parameters:,} parameters, {measured.training_parameters:,} in "
             f"training, {measured.gflops:,} GFLOPs"
         )
+    console.print(f"# images: {image_size(entry.data_config)}")
     settings = entry.config.model_dump(mode="json")
     console.print(yaml.safe_dump({"detector": settings}, sort_keys=False), markup=False, end="")
+
+
+def show_conversion(out: Path, report: Report) -> None:
+    """What a file became, and what a user may want to have otherwise."""
+    detector, names = report.weights.detector, report.names
+    print(
+        f"{out}: {names[0] if names else detector.backbone.name}, "
+        f"K = {detector.k}, {detector.queries.count} queries, {detector.num_classes} classes; "
+        f"{report.tensors} tensors read"
+    )
+    print(f"  images: {image_size(report.weights.data)}")
+    if names == ():
+        print("  no detector of the zoo has these shapes: this size, and all else that shapes do")
+        print("  not say, may not be what its published AP was measured with")
+    elif names and names[1:]:
+        others = (f"{name} ({image_size(entry(name).data_config)})" for name in names[1:])
+        print(f"  ambiguous: as well {', or '.join(others)}: choose with --name")
+    for why, count in Counter(report.dropped.values()).items():
+        first = next(key for key, reason in report.dropped.items() if reason == why)
+        print(f"  left out: {count}, as {first} ({why})")
+
+
+def image_size(data: DataConfig) -> str:
+    """In what size a detector is shown images."""
+    if data.jitter.enabled:
+        return f"on a canvas of {data.jitter.canvas} × {data.jitter.canvas} pixels"
+    if not data.short_sides:
+        return "in their own size"
+    return f"short side {max(data.short_sides)} pixels, long side at most {data.max_side}"
 
 
 def aps(published: tuple[Published, ...]) -> str:

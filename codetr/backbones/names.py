@@ -11,6 +11,9 @@ from codetr.config import SwinConfig, VitConfig
 Names = dict[str, str]
 """(theirs, ours)"""
 
+COUNTERS = "num_batches_tracked"
+"""How names end that files of old PyTorch lack: batch norm's, which nothing here reads."""
+
 _AFFINE = ("weight", "bias")
 
 

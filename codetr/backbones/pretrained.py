@@ -7,6 +7,7 @@ import torch
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
+from codetr.backbones.names import COUNTERS
 from codetr.config import ConfigError, ResNetConfig, SwinConfig, VitConfig, nearest
 
 State = dict[str, Tensor]
@@ -53,7 +54,8 @@ def load_weights(
     config: ResNetConfig | SwinConfig | VitConfig,
     new: tuple[str, ...] = (),
 ) -> None:
-    """Load a state that must have all of the body's tensors and no others.
+    """Load a state that must have all of the body's tensors, but for counters of batches, and no
+    others.
 
     Args:
         body: the network.
@@ -65,7 +67,11 @@ def load_weights(
         ConfigError: names or shapes differ; names the source and the first of them.
     """
     own = body.state_dict()
-    missing = [name for name in own if name not in state and not name.startswith(new)]
+    missing = [
+        name
+        for name in own
+        if name not in state and not name.startswith(new) and not name.endswith(COUNTERS)
+    ]
     unknown = [name for name in state if name not in own]
     shapes = [
         f"{name} is {tuple(value.shape)} instead of {tuple(own[name].shape)}"

@@ -38,6 +38,16 @@ _ANNOTATION = np.dtype(
 )
 
 
+SPELLINGS = {"speaker_(stero_equipment)": "speaker_(stereo_equipment)"}
+"""Names of one class that published files spell differently, and how it is right: LVIS's own
+annotations have the former, MMDetection's list, and with it official checkpoints, the latter."""
+
+
+def same_name(one: str, other: str) -> bool:
+    """Do both name the same class? They are equal, but for ``SPELLINGS``."""
+    return SPELLINGS.get(one, one) == SPELLINGS.get(other, other)
+
+
 @dataclass(frozen=True)
 class Classes:
     """The classes of a data set; a class's number is its position in these tuples.
@@ -56,24 +66,29 @@ class Classes:
         return len(self.names)
 
     def require_same(self, other: Classes, here: str, there: str) -> None:
-        """Refuse to mix data sets or checkpoints with other classes.
+        """Refuse to mix data sets or checkpoints with other classes: ids must be equal, and names
+        the :func:`same_name`.
 
         Raises:
             DataError: shows the first class that differs; ``here`` and ``there`` say where the
                 two sets of classes come from.
         """
-        sides = [dict(zip(c.category_ids, c.names, strict=True)) for c in (self, other)]
-        if sides[0] == sides[1]:
+        ours, others = (dict(zip(c.category_ids, c.names, strict=True)) for c in (self, other))
+
+        def alike(mine: dict[int, str], theirs: dict[int, str], identity: int) -> bool:
+            return identity in theirs and same_name(mine[identity], theirs[identity])
+
+        if len(ours) == len(others) and all(alike(ours, others, i) for i in ours):
             return
 
         def only(mine: dict[int, str], theirs: dict[int, str]) -> str:
-            own = [f"{i} {name!r}" for i, name in mine.items() if theirs.get(i) != name]
+            own = [f"{i} {name!r}" for i, name in mine.items() if not alike(mine, theirs, i)]
             return f"{len(mine)}, of which only there: {', '.join(own[:3]) or 'none'}" + (
                 f" and {len(own) - 3} more" if len(own) > 3 else ""
             )
 
         raise DataError(
-            f"classes differ: {here} has {only(*sides)}; {there} has {only(*sides[::-1])}; "
+            f"classes differ: {here} has {only(ours, others)}; {there} has {only(others, ours)}; "
             "use data with the same categories"
         )
 

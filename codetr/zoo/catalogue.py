@@ -18,6 +18,7 @@ from codetr.config import (
     ConfigError,
     DataConfig,
     DetectorConfig,
+    JitterConfig,
     Strict,
     nearest,
     parse,
@@ -36,6 +37,9 @@ class ImageSize(Strict):
 
     short_side: PositiveInt = 800
     max_side: PositiveInt = 1333
+    canvas: PositiveInt | None = None
+    """In place of both: the side of a square that images are fitted to. What they leave of it is
+    grey and, to the detector, image, as where it was trained with large-scale jitter."""
 
 
 class Published(Strict):
@@ -81,6 +85,8 @@ class Entry(Part):
     """Files in ``parts/``, laid over one another in this order, beneath the file's own settings."""
     data: Literal["coco", "lvis"] = "coco"
     published: tuple[Published, ...] = ()
+    official: tuple[str, ...] = ()
+    """Names of the original's configurations whose checkpoints it is; the files are named so."""
     measured: Measured | None = None
     unavailable: str | None = None
     """Why the detector cannot be built, where it is listed for its published AP alone."""
@@ -118,12 +124,15 @@ class Entry(Part):
 
     @property
     def data_config(self) -> DataConfig:
-        """How images are resized for the published AP."""
+        """How images are resized, or laid on a canvas, for the published AP."""
         return evaluation_data(parse(ImageSize, self.layer["image"], f"{self.file}: image"))
 
 
 def evaluation_data(size: ImageSize) -> DataConfig:
-    """Data whose images are evaluated at this size, and trained at the paper's up to it."""
+    """Data whose images are evaluated at this size, and trained at the paper's up to it; with a
+    canvas both on it, trained by large-scale jitter."""
+    if size.canvas is not None:
+        return DataConfig(jitter=JitterConfig(enabled=True, canvas=size.canvas))
     sides = DataConfig().short_sides
     more = range(sides[-1] + 32, size.short_side + 1, 32)
     return DataConfig(short_sides=(*sides, *more), max_side=size.max_side)

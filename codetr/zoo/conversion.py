@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codetr.backbones.names import COUNTERS
 from codetr.checkpoint import CheckpointError, without_download
 from codetr.config import DataConfig, DetectorConfig
 from codetr.detector import CoDETR
@@ -35,9 +36,6 @@ DROPPED = {
 }
 """Names that have no place in our detector, and why."""
 
-COUNTERS = "num_batches_tracked"
-"""How names end that old checkpoints lack; frozen batch norm has no use for them."""
-
 LISTED = 20
 """Names that an error lists of each kind."""
 
@@ -50,7 +48,7 @@ class Imported:
         config, data: of the detector, and how its images are resized.
         state: under our names; the tensors are those of the official state dict.
         dropped: official names that were left out, and why.
-        names: detectors of the zoo that it can be; ``config`` is that of the first.
+        names: detectors of the zoo that it can be; ``config`` and ``data`` are those of the first.
     """
 
     config: DetectorConfig
@@ -72,13 +70,16 @@ def from_official(state: Mapping[str, Tensor]) -> CoDETR:
     return import_official(state).build()
 
 
-def import_official(state: Mapping[str, Tensor], name: str | None = None) -> Imported:
+def import_official(
+    state: Mapping[str, Tensor], name: str | None = None, file_name: str = ""
+) -> Imported:
     """Recognise an official detector by names and shapes, and bring it under our names.
 
     Args:
         state: ``state_dict`` of an official checkpoint.
-        name: of the zoo's detector that it is, where several have the same shapes; None: the
-            plainest.
+        name: of the zoo's detector that it is, where several have the same shapes; None: that
+            whose checkpoints have this ``file_name``, or the plainest.
+        file_name: of the checkpoint, without its suffix.
 
     Raises:
         CheckpointError: it is no official detector, not that of ``name``, or names are unknown,
@@ -88,7 +89,7 @@ def import_official(state: Mapping[str, Tensor], name: str | None = None) -> Imp
     state = {key.removeprefix("module."): value for key, value in state.items()}
     dropped = {key: why for key in state if (why := _why_dropped(key)) is not None}
     recognised = recognise({key: tuple(value.shape) for key, value in state.items()})
-    fits = [entry(name)] if name is not None else fitting(recognised)
+    fits = [entry(name)] if name is not None else _told_by(file_name, fitting(recognised))
     config = _config(recognised, fits)
     expected = _expected(config)
     _require_complete(state, dropped, expected)
@@ -121,6 +122,11 @@ def export_official(state: Mapping[str, Tensor], config: DetectorConfig) -> Stat
         raise CheckpointError(
             f"the official implementation has no such detector: {error.args[0][:300]}"
         ) from None
+
+
+def _told_by(file_name: str, fits: list[Entry]) -> list[Entry]:
+    """Of detectors with the same shapes the one whose checkpoints are named so; else all."""
+    return [fit for fit in fits if file_name in fit.official] or fits
 
 
 def _config(recognised: DetectorConfig, fits: list[Entry]) -> DetectorConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from codetr.checkpoint import FORMAT, CheckpointError, load_checkpoint, written_whole
 from codetr.config import ConfigError
 from codetr.data import Classes
-from codetr.data.annotations import read_annotations
+from codetr.data.annotations import read_annotations, same_name
 from codetr.weights import SUFFIX, Weights, load_weights, save_weights
 from codetr.zoo.conversion import export_official, import_official
 
@@ -33,13 +33,14 @@ class Report:
         weights: what was read, as ours.
         tensors: how many tensors the file had.
         dropped: names that were left out, and why.
-        names: detectors of the zoo that it can be; the settings are those of the first.
+        names: detectors of the zoo that it can be; the settings are those of the first. None: it
+            is of a training of ours, which says itself what it is.
     """
 
     weights: Weights
     tensors: int
     dropped: dict[str, str] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 def convert(
@@ -50,7 +51,8 @@ def convert(
     Args:
         file: the checkpoint, or the folder of one of ours.
         out: a ``.safetensors`` file; written whole or not at all.
-        name: of the zoo's detector, where several have the same shapes.
+        name: of the zoo's detector, where several have the same shapes; None: the file's name
+            may tell, see :func:`import_official`.
         annotations: a COCO or LVIS annotation file with the classes, where ``file`` does not name
             them and they are not COCO's.
 
@@ -81,15 +83,17 @@ def read(file: Path, *, name: str | None = None, annotations: Path | None = None
         return Report(weights, len(weights.model))
     state, beside = _state_dict(content, file)
     try:
-        imported = import_official(state, name)
+        imported = import_official(state, name, file.stem)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     count = imported.config.num_classes
-    classes = given or _classes(content.get("meta"), count, file)
-    if len(classes) != count:
-        raise CheckpointError(
-            f"{file} has {count} classes, but {annotations or 'its own list'} has {len(classes)}"
-        )
+    named = _named(content.get("meta"))
+    for names, origin in ((named, "its own list"), (given and given.names, annotations)):
+        if names is not None and len(names) != count:
+            raise CheckpointError(f"{file} has {count} classes, but {origin} has {len(names)}")
+    if given is not None and named is not None:
+        _require_same_names(named, given, str(file), str(annotations))
+    classes = given or _classes(named, count, file)
     weights = Weights(imported.state, imported.config, imported.data, classes, str(file))
     return Report(weights, len(state), {**imported.dropped, **beside}, imported.names)
 
@@ -174,15 +178,35 @@ def _state_dict(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Tenso
 # ------------------------------------------------------------------------------------------ classes
 
 
-def _classes(meta: Any, count: int, file: Path) -> Classes:
+def _named(meta: Any) -> tuple[str, ...] | None:
+    """The classes that a checkpoint names; None if it names none."""
+    meta = meta if isinstance(meta, Mapping) else {}
+    newer = meta.get("dataset_meta")  # where MMDetection 3 has them
+    named = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, Mapping) else None)
+    if named is None:
+        return None
+    return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+
+
+def _require_same_names(named: Sequence[str], given: Classes, file: str, annotations: str) -> None:
+    """An annotation file gives ids to the classes that a checkpoint names, not other classes."""
+    both = zip(given.category_ids, named, given.names, strict=True)
+    other = [(i, own, name) for i, own, name in both if not same_name(own, name)]
+    if other:
+        identity, own, name = other[0]
+        raise CheckpointError(
+            f"{file} names {len(other)} of its classes otherwise than {annotations}, the first "
+            f"{own!r}, which is {identity} {name!r} there: give the annotation file that it was "
+            "trained with, or leave --classes out"
+        )
+
+
+def _classes(named: tuple[str, ...] | None, count: int, file: Path) -> Classes:
     """The classes that a checkpoint names, or COCO's, if it has as many.
 
     Those of COCO have COCO's ids; all others are numbered from 1, as in LVIS and Objects365.
     """
     coco = coco_classes()
-    meta = meta if isinstance(meta, Mapping) else {}
-    newer = meta.get("dataset_meta")  # where MMDetection 3 has them
-    named = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, Mapping) else None)
     if named is None and count == len(coco):
         return coco
     if named is None:
@@ -190,10 +214,7 @@ def _classes(meta: Any, count: int, file: Path) -> Classes:
             f"{file} has {count} classes and does not name them: give an annotation file that "
             "does with --classes, as lvis_v1_val.json"
         )
-    names = (named,) if isinstance(named, str) else tuple(str(name) for name in named)
-    if names == coco.names:
-        return coco
-    return Classes(names, tuple(range(1, len(names) + 1)))
+    return coco if named == coco.names else Classes(named, tuple(range(1, len(named) + 1)))
 
 
 def coco_classes() -> Classes:

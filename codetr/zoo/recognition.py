@@ -47,12 +47,10 @@ def recognise(shapes: Shapes) -> DetectorConfig:
 
 
 def fitting(config: DetectorConfig) -> list[Entry]:
-    """The detectors of the zoo with parameters of the same shapes, but for the number of classes;
-    those of as many classes first, of these the plainest."""
+    """The detectors of the zoo with parameters of the same shapes, the plainest first: those of as
+    many classes, or, where none has as many, those of other numbers of classes."""
     found = [e for e in entries() if not e.unavailable and _shape(e.config) == _shape(config)]
-    same_count = [CLASSES[entry.data] == config.num_classes for entry in found]
-    order = sorted(range(len(found)), key=lambda i: (not same_count[i], i))
-    return [found[i] for i in order]
+    return [e for e in found if CLASSES[e.data] == config.num_classes] or found
 
 
 def _shape(config: DetectorConfig) -> Any:

@@ -9,18 +9,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_training import start, tiny_detector, tiny_training
 
+from codetr import CoDETR
 from codetr.checkpoint import save_checkpoint
+from codetr.config import DataConfig
 from codetr.data import Classes
 from codetr.data.digits import make_digits
+from codetr.metrics import Metrics, evaluate
+from codetr.structures import Detections
 from codetr.weights import Weights, save_weights
-from codetr.zoo.catalogue import names
+from codetr.zoo.catalogue import detector_config, entry, names
+from codetr.zoo.files import Report
 from orchestrator import cli
 from orchestrator.use import image_files
+from orchestrator.zoo_console import show_conversion
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Command = Callable[..., tuple[int, str, str]]
@@ -75,6 +82,7 @@ def test_one_model_as_yaml(command: Command) -> None:
     code, out, _ = command("models", "co-dino-5scale-r50")
     assert code == 0
     assert out.startswith("# co-dino-5scale-r50: AP 51.2 (12), 52.1 (12)")
+    assert "# images: short side 800 pixels, long side at most 1333" in out
     assert yaml.safe_load(out)["detector"]["queries"]["count"] == 900
     code, out, _ = command("models", "adamixer-r50")
     assert code == 0
@@ -106,6 +114,8 @@ def test_convert_reports_and_eval_and_predict_take_it(
     code, out, err = command("convert", official, "--out", out_file)
     assert (code, err) == (0, "")
     assert "K = 2, 30 queries, 5 classes" in out
+    assert "  images: short side 800 pixels, long side at most 1333" in out
+    assert "no detector of the zoo has these shapes" in out
     assert "left out: 1, as mask_head.stages.0.weight (mask branch" in out
     assert "left out: 1, as optimizer (state of a training)" in out
     image, found_in = tmp_path / "a.png", tmp_path / "found"
@@ -125,6 +135,20 @@ def test_convert_reports_and_eval_and_predict_take_it(
     assert "classes differ" in err
     assert "has 10, of which" in err
     assert "has 5, of which" in err
+
+
+def test_several_detectors_of_the_same_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """What convert says of them; their files are too large to be made here."""
+    config, names = detector_config("co-dino-5scale-swin-l"), ("swin-l", "swin-l-lsj")
+    several = tuple(f"co-dino-5scale-{name}" for name in names)
+    weights = Weights({}, config, entry(several[0]).data_config, Classes((), ()))
+    show_conversion(Path("m.safetensors"), Report(weights, 5, {}, several))
+    said = capsys.readouterr().out
+    assert said.startswith("m.safetensors: co-dino-5scale-swin-l, K = 2, 900 queries")
+    assert "ambiguous: as well co-dino-5scale-swin-l-lsj (on a canvas of 1280 × 1280" in said
+    assert "--name" in said
+    show_conversion(Path("m.safetensors"), Report(weights, 5, {}, several[:1]))
+    assert "--name" not in capsys.readouterr().out
 
 
 def test_convert_there_and_back(command: Command, official: Path, tmp_path: Path) -> None:
@@ -153,6 +177,51 @@ def test_eval_of_converted_weights(command: Command, tmp_path: Path) -> None:
         assert command(*arguments)[0] == 0
         results.append(json.loads((tmp_path / "m.json").read_text()))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eval_measures_what_predict_finds(
+    precision: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images in several sizes: none is padded for the sake of the others."""
+    folder = tmp_path / "mine"
+    (folder / "val").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    sizes = [(64, 48), (48, 64), (64, 48), (40, 60), (60, 40)]
+    draw = np.random.default_rng(0)
+    images = []
+    for number, (height, width) in enumerate(sizes, start=1):
+        pixels = draw.integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"val/{number}.png")
+        name = f"{number}.png"
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20]}
+    categories = [{"id": n, "name": name} for n, name in enumerate(("a", "b", "c"), start=1)]
+    content = {"images": images, "annotations": [box], "categories": categories}
+    (folder / "annotations/instances_val.json").write_text(json.dumps(content))
+    model = start(tiny_detector("atss"), tiny_training(), 1).checkpoint()
+    data = DataConfig(short_sides=(64,), max_side=96)
+    file = tmp_path / "w.safetensors"
+    classes = Classes(("a", "b", "c"), (1, 2, 3))
+    save_weights(Weights(dict(model.model), model.detector, data, classes), file)
+
+    measured: list[dict[int, Detections]] = []
+
+    def spy(dataset: object, found: dict[int, Detections], engine: str) -> Metrics:
+        measured.append(found)
+        return evaluate(dataset, found, engine)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("codetr.metrics.evaluate", spy)
+    code, _, err = command("eval", file, "--data", folder, "--precision", precision)
+    assert (code, err) == (0, "")
+    detector = CoDETR.from_checkpoint(file)
+    paths = [folder / f"val/{image['file_name']}" for image in images]
+    wanted = detector.predict(paths, precision=precision)  # type: ignore[arg-type]
+    for image, expected in zip(images, wanted, strict=True):
+        for part in ("boxes", "scores", "labels"):
+            found = getattr(measured[0][image["id"]], part)  # type: ignore[index]
+            assert torch.equal(found, getattr(expected, part))
+        assert len(expected) > 0
 
 
 def test_1203_classes_on_a_data_set_of_1204(command: Command, tmp_path: Path) -> None:

@@ -232,8 +232,44 @@ def test_a_name_gives_its_detector() -> None:
         model = CoDETR.from_name("co-dino-5scale-vit-l-lvis", pretrained=False)
     assert model.config.num_classes == 1203
     assert model.config.backbone.name == "eva02_large"
-    assert model.data.max_side == 1536
-    assert max(model.data.short_sides) == 1536
+    assert model.data.jitter.canvas == 1536
+
+
+def test_images_are_seen_as_the_official_configurations_test() -> None:
+    """``Pad(size=…, pad_val=114)`` and ``with_attn_mask=False`` in those of large-scale jitter, the
+    short and the long side in the others."""
+    canvases = {e.name: c for e in BUILT if (c := e.data_config.jitter).enabled}
+    assert {name: canvas.canvas for name, canvas in canvases.items()} == {
+        "co-dino-5scale-r50-9enc": 1024,
+        "co-dino-5scale-r50-lsj": 1024,
+        "co-dino-5scale-swin-l-lsj": 1280,
+        "co-dino-5scale-swin-l-lvis": 1280,
+        "co-dino-5scale-swin-l-o365-lvis": 1536,
+        "co-dino-5scale-vit-l-lvis": 1536,
+    }
+    assert {(canvas.fill, canvas.padding_mask) for canvas in canvases.values()} == {(114, False)}
+    others = [e for e in BUILT if e.name not in canvases]
+    sizes = {e.name: (max(e.data_config.short_sides), e.data_config.max_side) for e in others}
+    fine = ("co-dino-5scale-swin-l-o365", "co-dino-5scale-vit-l")
+    assert all(size == ((1280, 2048) if n in fine else (800, 1333)) for n, size in sizes.items())
+
+
+def test_official_files_have_one_name_each() -> None:
+    files = [file for found in entries() for file in found.official]
+    assert len(files) == len(set(files))
+    assert all("lsj" not in f or found.data_config.jitter.enabled
+               for found in BUILT for f in found.official)  # fmt: skip
+    for found in entries():
+        released = [row for row in found.published if row.source == "released"]
+        assert len(found.official) >= len(released)
+        assert bool(found.official) == bool(released)
+
+
+@pytest.mark.parametrize("row", [e for e in BUILT if e.official], ids=lambda row: row.name)
+def test_large_scale_jitter_is_where_it_is_published(row: Entry) -> None:
+    """The list of released checkpoints says which; on LVIS all are, as the original's README."""
+    noted = [p.note == "LSJ" for p in row.published if p.source == "released"]
+    assert row.data == "lvis" or noted == [row.data_config.jitter.enabled] * len(noted)
 
 
 @pytest.mark.parametrize(

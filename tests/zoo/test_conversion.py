@@ -13,6 +13,9 @@ from official_files import GOLDEN, MODELS, full_size, small
 import codetr.zoo
 from codetr.checkpoint import CheckpointError
 from codetr.config import DetectorConfig
+from codetr.data.loader import collate
+from codetr.data.transforms import build_canvas, build_transform
+from codetr.structures import Targets
 from codetr.zoo.backbone_names import derived_buffers
 from codetr.zoo.conversion import DERIVED, Imported, export_official, import_official
 from codetr.zoo.measure import on_meta
@@ -179,10 +182,38 @@ def test_another_name_than_its_own() -> None:
         import_official(official, "co-dino-5scale-r50")
 
 
-def test_lvis_is_told_by_its_number_of_classes() -> None:
+def test_files_of_the_same_shapes_are_told_by_their_names() -> None:
+    official = full_size("co_dino_swin_l")
+    alike = ("co-dino-5scale-swin-l", "co-dino-5scale-swin-l-lsj", "co-dino-5scale-swin-l-o365")
+    assert import_official(official).names == alike
+    assert import_official(official, file_name="mine").names == alike
+    for name in alike:
+        imported = import_official(official, file_name=codetr.zoo.entry(name).official[-1])
+        assert imported.names == (name,)
+        assert imported.data == codetr.zoo.entry(name).data_config
+    lsj = codetr.zoo.entry(alike[1]).official[0]
+    assert import_official(official, alike[2], lsj).names == alike[2:]  # --name says more
+
+
+def test_lvis_is_told_by_its_number_of_classes_and_seen_on_its_canvas() -> None:
     config = codetr.zoo.detector_config("co-dino-5scale-swin-l-lvis")
     official = export_official(on_meta(config).state_dict(), config)
-    assert import_official(official).names[0] == "co-dino-5scale-swin-l-lvis"
+    lvis = ("co-dino-5scale-swin-l-lvis", "co-dino-5scale-swin-l-o365-lvis")
+    imported = import_official(official)
+    assert imported.names == lvis
+    # Its images lie on a grey canvas of which the detector sees all, as the original's
+    # Resize(1280), Pad(1280, 114), Normalize and with_attn_mask=False.
+    dark = torch.zeros(3, 320, 640, dtype=torch.uint8)
+    shown = build_transform(imported.data, training=False)(dark)
+    nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    batch, _ = collate([(shown, nothing)], build_canvas(imported.data))
+    assert batch.sizes == [(1280, 1280)]
+    assert batch.contents == [(640, 1280)]
+    assert batch.pixels.shape == (1, 3, 1280, 1280)
+    mean, std = (torch.tensor(getattr(imported.data, kind))[:, None] for kind in ("mean", "std"))
+    above, below = batch.pixels[0, :, :640].flatten(1), batch.pixels[0, :, 640:].flatten(1)
+    torch.testing.assert_close(above, ((0 - mean) / std).expand_as(above))
+    torch.testing.assert_close(below, ((114 / 255 - mean) / std).expand_as(below))
 
 
 @pytest.mark.parametrize(

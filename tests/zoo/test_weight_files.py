@@ -18,6 +18,7 @@ from codetr import CoDETR
 from codetr.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from codetr.config import ConfigError
 from codetr.data import Classes, DataError
+from codetr.data.annotations import read_annotations
 from codetr.structures import ImageBatch
 from codetr.weights import load_weights
 from codetr.zoo import from_official
@@ -104,6 +105,66 @@ def test_another_number_of_classes_says_both(official: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="has 5 classes, but its own list has 2"):
         convert(short, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
+
+
+STERO, STEREO = "speaker_(stero_equipment)", "speaker_(stereo_equipment)"
+
+
+def lvis(folder: Path, *names: str) -> Path:
+    path = folder / "lvis_v1_val.json"
+    categories = [{"id": n, "name": name} for n, name in enumerate(names, start=1)]
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    return path
+
+
+def test_lvis_and_the_originals_list_spell_one_class_differently(tmp_path: Path) -> None:
+    """``lvis_v1_val.json`` and ``LVISV1Dataset.CLASSES``."""
+    annotations = lvis(tmp_path, "log", "lollipop", STERO, "loveseat", "magazine")
+    meta = {"CLASSES": ("log", "lollipop", STEREO, "loveseat", "magazine")}
+    file = write(tmp_path / "x.pth", small(), meta=meta)
+    out = tmp_path / "model.safetensors"
+    for given in (None, annotations):
+        convert(file, out, annotations=given)
+        classes = load_weights(out).classes
+        assert classes.names[2] == (STERO if given else STEREO)
+        of_file = read_annotations(annotations).classes
+        of_file.require_same(classes, "data", "model")
+        classes.require_same(of_file, "model", "data")
+
+
+def test_another_id_another_name_and_one_class_more_differ_still() -> None:
+    ours = Classes(("log", STERO, "sofa"), (1, 2, 3))
+    for other, said in (
+        (
+            Classes(("log", STEREO, "sofa"), (1, 2, 4)),
+            r"data has 3, .*: 3 'sofa'; model .* 4 'sofa'",
+        ),
+        (
+            Classes(("log", STEREO, "Sofa"), (1, 2, 3)),
+            "data has 3, .*: 3 'sofa'; model .* 3 'Sofa'",
+        ),
+        (
+            Classes(("log", "speaker", "sofa"), (1, 2, 3)),
+            "2 'speaker_.stero_equipment.'; .*'speaker'",
+        ),
+        (
+            Classes(("log", STEREO), (1, 2)),
+            "data has 3, of which only there: 3 'sofa'; model has 2",
+        ),
+        (Classes(("log", STEREO, "sofa", "x"), (1, 2, 3, 4)), "only there: none; .* 4 'x'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            ours.require_same(other, "data", "model")
+
+
+def test_an_annotation_file_of_other_classes_does_not_rename_them(tmp_path: Path) -> None:
+    """Of as many as the checkpoint has: every label would be wrong, and nothing would tell."""
+    annotations = lvis(tmp_path, "a", "b", "d", "c", "e")
+    file = write(tmp_path / "x.pth", small())
+    with pytest.raises(CheckpointError, match=r"2 of its classes .* the first 'c', .* 3 'd' there"):
+        convert(file, tmp_path / "model.safetensors", annotations=annotations)
+    assert not (tmp_path / "model.safetensors").exists()
+    convert(file, tmp_path / "model.safetensors", annotations=lvis(tmp_path, *"abcde"))
 
 
 def test_classes_where_mmdetection_3_has_them(tmp_path: Path) -> None:
