@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,96 @@ def test_each_table_from_2_to_13_is_somebodys():
 @pytest.mark.parametrize("name", PAPER)
 def test_all_rows_of_the_table_stand_beside_the_arms(name, coco):
     assert [trial.paper_ap for trial in plan(name, "paper", coco).trials] == PAPER[name]
+
+
+# ------------------------------------------------------------------------- what arms have in common
+
+
+def settings_of(trial: Trial, *besides: str) -> str:
+    """What a trial trains and with what, but for the order of its heads, which draw and start by
+    their names, and for what is evaluated in the end."""
+    heads = sorted(head.model_dump_json() for head in trial.detector.heads)
+    detector = trial.detector.model_dump(mode="json", exclude={"heads", *besides})
+    training = trial.training.model_dump(mode="json", exclude={"evaluate_branches"})
+    data = trial.data.model_dump(mode="json")
+    return json.dumps(
+        [detector, [] if "heads" in besides else heads, training, data], sort_keys=True
+    )
+
+
+BY_K = ("ablation-k", "ablation-k-to-6", "baselines-plain", "baselines-strong", "branches")
+"""Their arms are called after a detector, if there are several, and K."""
+BY_HEADS = ("ablation-convs", "ablation-heads", "ablation-lambda", "ablation-same-heads")
+"""All their arms are of one detector."""
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", [*BY_K, *BY_HEADS])
+def test_arms_that_ask_about_heads_differ_in_them_alone(name, profile, coco):
+    """And in the weights of the new losses: that is what equation 6 adds to a detector."""
+    found = defaultdict(set)
+    for trial in plan(name, profile, coco).trials:
+        family, of_k, _ = trial.arm.partition("K=")
+        key = family if of_k or name in BY_K else ""
+        found[key].add(settings_of(trial, "heads", "lambda_1", "lambda_2"))
+    assert {key for key, settings in found.items() if len(settings) > 1} == set()
+    assert len(found) < len(plan(name, profile, coco).trials)
+
+
+ONE_ROW = [
+    {
+        "ablation-k": "K=2 ATSS + Faster R-CNN",
+        "ablation-k-to-6": "K=2 ATSS + Faster R-CNN",
+        "baselines-strong": "Deformable-DETR++, K=2",
+        "branches": "K=2 ATSS + Faster R-CNN",
+        "state-of-the-art": "Co-Deformable-DETR",
+    },
+    {
+        "ablation-k": "K=1 ATSS",
+        "ablation-same-heads": "1 x ATSS",
+        "baselines-strong": "Deformable-DETR++, K=1",
+    },
+    {"baselines-strong": "DINO, K=0", "state-of-the-art": "DINO"},
+    {"baselines-strong": "DINO Swin-L, K=0", "state-of-the-art": "DINO Swin-L, 36 epochs"},
+    {"ablation-components": "neither", "baselines-plain": "Deformable-DETR, 12 epochs, K=0"},
+    {
+        "ablation-components": "both",
+        "ablation-convs": "1 conv",
+        "baselines-plain": "Deformable-DETR, 12 epochs, K=1",
+    },
+    {
+        "ablation-heads": "ATSS",
+        "ablation-lambda": "λ1=1 λ2=2",
+        "baselines-plain": "Deformable-DETR, K=1",
+        "longer-schedule": "K=1, 36 epochs",
+    },
+]
+"""Arms that the paper has one number for, in several tables."""
+
+
+@pytest.mark.parametrize("row", ONE_ROW, ids=lambda row: next(iter(row.values())))
+def test_a_training_of_several_tables_is_one(row, coco):
+    trials = [
+        trial
+        for name, arm in row.items()
+        for trial in plan(name, "paper", coco).trials
+        if trial.arm == arm
+    ]
+    assert len(trials) == len(row)
+    assert len({trial.paper_ap for trial in trials}) == 1
+    assert len({settings_of(trial) for trial in trials}) == 1
+
+
+def test_a_training_has_one_number_of_the_papers(coco):
+    """But for H-Deformable-DETR's, which tables 4 and 7 have twice: their files say so."""
+    numbers = defaultdict(set)
+    for name in SHIPPED:
+        for trial in plan(name, "paper", coco).trials:
+            numbers[settings_of(trial)].add(trial.paper_ap)
+    several = [of_one - {None} for of_one in numbers.values() if len(of_one - {None}) > 1]
+    assert several == [{48.4, 48.7}]
+    for name in ("ablation-k-to-6", "state-of-the-art"):
+        assert "48.7" in load_experiment(name).file.read_text()
 
 
 def test_the_schedules_of_the_paper(coco):
