@@ -35,7 +35,7 @@ TABLES = {
     "state-of-the-art": "table4_state_of_the_art",
 }
 PAPER = {
-    "ablation-components": [37.1, 41.6, 40.5, 42.3],
+    "ablation-components": [37.1, 41.6, 40.5, 42.3, 43.3, 46.2, 45.3, 46.8],
     "ablation-convs": [41.8, 42.3, 41.9, 42.1, 42.3, 42.0],
     "ablation-heads": [43.3, 46.1, 46.3, 46.5, 46.5, 46.5, 46.5, 46.8],
     "ablation-k-to-6": [48.4, 47.1, 48.7, 49.0, 49.5, 49.5, 48.9],
@@ -193,7 +193,9 @@ def test_the_schedules_of_the_paper(coco):
             for t in trials
         }  # fmt: skip
 
-    assert schedules("ablation-k-to-6") == {(12, 11, 16, 2e-4)}
+    assert schedules("ablation-components") == {(12, 11, 32, 2e-4), (36, 30, 32, 2e-4)}
+    for of_tables_7_and_11 in ("ablation-k", "ablation-k-to-6", "ablation-same-heads", "branches"):
+        assert schedules(of_tables_7_and_11) == {(12, 11, 16, 2e-4)}
     assert schedules("ablation-heads") == {(36, 30, 32, 2e-4)}
     assert schedules("baselines-plain") == {(36, 30, 32, 2e-4), (12, 11, 32, 2e-4)}
     assert schedules("baselines-strong") == {(12, 11, 16, 2e-4), (36, 30, 16, 2e-4)}
@@ -201,6 +203,18 @@ def test_the_schedules_of_the_paper(coco):
     assert schedules("coco-system-pretraining") == {(26, 24, 224, 2.5e-4)}
     assert schedules("lvis-system") == {(36, 30, 16, 2e-4), (16, 9, 15, 64, 5e-5)}
     assert schedules("lvis-system-pretraining") == {(26, 24, 192, 2e-4)}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_all_of_dino_learns_at_one_rate(profile, coco):
+    """But for the backbone; Deformable-DETR's sampling offsets do at a tenth of it."""
+    rates = {
+        (trial.detector.queries.rank_by, trial.training.offsets_multiplier)
+        for name in SHIPPED
+        for trial in plan(name, profile, coco).trials
+        if trial.detector.transformer.attention == "deformable"
+    }
+    assert rates == {("best_class", 1), ("objectness", 0.1)}
 
 
 def test_the_data_of_the_paper(coco):
