@@ -24,7 +24,7 @@ from codetr.queries import (
     TwoStageQueries,
 )
 from codetr.queries.selection import QUERY
-from codetr.sampling import forked_rng
+from codetr.sampling import forked_rng, with_seeds
 from codetr.soft_nms import soft_nms
 from codetr.structures import (
     Detections,
@@ -196,6 +196,7 @@ class CoDETR(nn.Module):
 
     def losses(self, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
         """All loss terms and their weighted sum (equation 6)."""
+        targets = with_seeds(targets)
         memory = self.encode(batch)
         pyramid = self.memory_pyramid(memory) if self.heads else []
         selection = self.queries(memory)

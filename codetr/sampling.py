@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ def draw_generator(targets: Targets, purpose: str = "") -> torch.Generator | Non
         return None
     salt = zlib.crc32(purpose.encode())
     return torch.Generator().manual_seed(targets.seed ^ salt)
+
+
+def with_seeds(targets: Sequence[Targets]) -> list[Targets]:
+    """The same targets, each with a seed: those that have none are given one from torch's global
+    generator, which is asked once, however much the parts of the detector draw from the seeds.
+    """
+    without = sum(t.seed is None for t in targets)
+    if not without:
+        return list(targets)
+    drawn = iter(torch.randint(2**63 - 1, (without,)).tolist())
+    return [replace(t, seed=next(drawn)) if t.seed is None else t for t in targets]
 
 
 def random_subset(indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

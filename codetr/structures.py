@@ -80,7 +80,7 @@ class Targets(_Moves):
         original_size: (height, width) of the image file, to which detections are scaled back.
         seed: seeds the random draws that training makes for this image (which anchors are sampled,
             which positives become queries), so that they do not depend on the other images of the
-            batch or on how many workers share it. None: draw from torch's global generator.
+            batch or on how many workers share it. None: the detector draws one at each step.
         masks: (n, h, w) bool on the image's own valid pixels; None where no head needs them.
     """
 

@@ -125,7 +125,8 @@ class Arm(Layer):
     """One of the things compared."""
 
     paper: Settings | None = None
-    """Tells the paper's row for this arm from the others; absent: the paper has none."""
+    """Tells the paper's row for this arm from the others, and with ``column`` its own column, if
+    the experiment has several; absent: the paper has none."""
 
 
 class Profile(Layer):
@@ -248,10 +249,14 @@ def paper_ap(experiment: Experiment, arm: str) -> float | None:
     if where.table not in tables:
         raise ConfigError(f"{source}: no table '{where.table}'; {nearest(where.table, [*tables])}")
     wanted = {**where.row, **row}
-    rows = [r for r in paper_rows(where.table, where.column) if wanted.items() <= r.items()]
-    if len(rows) != 1 or where.column not in rows[0]:
+    column = str(wanted.pop("column", where.column))
+    rows = [r for r in paper_rows(where.table, column) if wanted.items() <= r.items()]
+    if len(rows) != 1:
         raise ConfigError(f"{source}: {len(rows)} rows of {where.table} have {wanted}, not one")
-    value = rows[0][where.column]
+    if column not in rows[0]:
+        hint = nearest(column, [*rows[0]])
+        raise ConfigError(f"{source}: {where.table} has no column '{column}'; {hint}")
+    value = rows[0][column]
     if value is None:
         raise ConfigError(f"{source}: {where.table} has no number where {wanted}")
     return float(value[0] if isinstance(value, list) else value)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from codetr.config import DenoisingConfig, DetectorConfig, OneToManyConfig
 from codetr.detector import CoDETR, best_pairs
+from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Detections, GroupPrediction, ImageBatch, LossOutput, Targets
 
 HEAD_LISTS = [
@@ -65,7 +66,9 @@ def objects(count: int, size: tuple[int, int], image_id: int = 0) -> Targets:
 
 def train_losses(config: DetectorConfig, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
     torch.manual_seed(0)
-    return CoDETR(config).train()(batch, targets)
+    model = CoDETR(config).train()
+    torch.manual_seed(1)
+    return model(batch, targets)
 
 
 variants = pytest.mark.parametrize("kind", KINDS)
@@ -143,9 +146,10 @@ def test_soft_nms_lowers_the_scores_of_overlapping_detections() -> None:
     assert found[True].scores.sum() < pairs.sum()
 
 
-def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
+@pytest.mark.parametrize("seed", [0, None], ids=["seeded", "without seeds"])
+def test_losses_of_a_head_do_not_depend_on_other_heads(seed: int | None) -> None:
     """Nor does its start, nor do its positive queries: of all kinds, side by side and alone."""
-    batch, targets = images([(64, 96)]), [objects(4, (64, 96))]
+    batch, targets = images([(64, 96)]), [replace(objects(4, (64, 96)), seed=seed)]
     every = ["gfl", FASTER_RCNN, "paa", "atss", MASK_RCNN, "fcos", "retinanet"]
     beside = train_losses(tiny_detector(*every), batch, targets).losses
     for head in every:
@@ -153,6 +157,45 @@ def test_losses_of_a_head_do_not_depend_on_other_heads() -> None:
         assert len(alone) > 2 * 3
         for name, value in alone.items():
             torch.testing.assert_close(beside[name], value, msg=name)
+
+
+def test_images_without_seeds_draw_anew_at_each_step() -> None:
+    """Each image and each step its own, and torch's global generator is asked the same."""
+    batch, targets = images([(64, 64)]), [replace(objects(3, (64, 64)), seed=None)]
+    totals, next_draws = [], []
+    for heads in ([], [FASTER_RCNN]):
+        torch.manual_seed(0)
+        model = CoDETR(tiny_detector(*heads)).train()
+        torch.manual_seed(1)
+        totals.append([model(batch, targets).total.item() for _ in range(2)])
+        next_draws.append(torch.rand(3))
+    assert totals[0][0] == totals[0][1]
+    assert totals[1][0] != totals[1][1]
+    assert torch.equal(*next_draws)
+
+
+@pytest.mark.parametrize(
+    "heads", [[FASTER_RCNN, FASTER_RCNN], [MASK_RCNN, FASTER_RCNN]], ids=["twice", "with masks"]
+)
+def test_heads_of_one_family_draw_samples_of_their_own(heads: list) -> None:
+    targets = [objects(20, (64, 96))]
+    first, second = CoDETR(tiny_detector(*heads)).heads
+    assigned = torch.full((1, 4000), -1)
+    anchors = [head.rpn.sample(assigned, targets)[0][1] for head in (first, second)]
+    assert not torch.equal(*anchors)
+    proposals = [torch.rand(4000, 4) * 8 + torch.tensor([64.0, 64, 72, 72])]
+    regions = [head.rcnn.sample(proposals, targets)[0].boxes for head in (first, second)]
+    assert not torch.equal(*regions)
+
+
+def test_faster_rcnn_draws_what_it_drew_when_it_was_the_only_one() -> None:
+    """Numbers of trainings with it, finished and going on, stay."""
+    targets = objects(3, (64, 96))
+    assigned = torch.full((1, 4000), -1)
+    head = CoDETR(tiny_detector(MASK_RCNN, FASTER_RCNN)).heads[1]
+    generator = draw_generator(targets, "rpn")
+    _, expected = sample_balanced(assigned[0], head.rpn.config.samples, 0.5, generator)
+    assert torch.equal(head.rpn.sample(assigned, [targets])[0][1], expected)
 
 
 def test_repeated_heads_start_from_weights_of_their_own() -> None:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codetr.sampling import draw_generator, forked_rng, random_subset, sample_balanced
+from codetr.sampling import (
+    draw_generator,
+    forked_rng,
+    random_subset,
+    sample_balanced,
+    with_seeds,
+)
 from codetr.structures import Targets
 
 
@@ -37,6 +43,20 @@ def test_a_seeded_image_draws_the_same_whatever_was_drawn_before() -> None:
     assert not torch.equal(first, other_purpose)
     assert not torch.equal(first, other_image)
     assert draw_generator(targets(None)) is None
+
+
+def test_images_without_a_seed_are_given_one_each() -> None:
+    torch.manual_seed(0)
+    seeds = [t.seed for t in with_seeds([targets(None), targets(7), targets(None)])]
+    assert seeds[1] == 7
+    assert None not in seeds
+    assert len(set(seeds)) == 3
+    torch.manual_seed(0)
+    torch.randint(2**63 - 1, (2,))
+    following = torch.rand(3)
+    torch.manual_seed(0)
+    with_seeds([targets(None), targets(None)])
+    assert torch.equal(torch.rand(3), following)
 
 
 @given(

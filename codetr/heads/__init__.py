@@ -59,7 +59,7 @@ def build_head(
         groups: of group norms; a divisor of ``channels``.
     """
     context = HeadContext(
-        channels, num_classes, tuple(strides), groups, positive_config.official_defects
+        name, channels, num_classes, tuple(strides), groups, positive_config.official_defects
     )
     with forked_rng(f"head/{name}"):
         return HEADS[type(config)](config, context)

@@ -13,6 +13,15 @@ from codetr.heads.rpn import Rpn
 from codetr.structures import Detections, HeadOutput, Size, Targets
 
 
+def stream_of(head: str, stage: str) -> str:
+    """The stream of random draws of a stage of the head so named, which no other head shares.
+
+    A stage of ``faster_rcnn`` goes by its own name, as from the time when that was the only head
+    that drew: results of then are those of today. Further heads put theirs in front.
+    """
+    return stage if head == "faster_rcnn" else f"{head}/{stage}"
+
+
 class FasterRcnnHead(Head):
     """RPN on all levels, and RCNN on its proposals of the same forward pass.
 
@@ -24,13 +33,19 @@ class FasterRcnnHead(Head):
     def __init__(self, config: TwoStageConfig, context: HeadContext) -> None:
         super().__init__()
         self.config = config
-        self.rpn = Rpn(config.rpn, context.channels, context.strides)
+        self.rpn = Rpn(
+            config.rpn,
+            context.channels,
+            context.strides,
+            stream=stream_of(context.name, "rpn"),
+        )
         self.rcnn = Rcnn(
             config.rcnn,
             context.channels,
             context.num_classes,
             context.strides[:-1],
             context.groups,
+            stream=stream_of(context.name, "rcnn"),
         )
 
     def forward(

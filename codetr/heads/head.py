@@ -15,6 +15,7 @@ class HeadContext:
     """What a head must know of the detector around it.
 
     Attributes:
+        name: unique in the detector; the head's random draws are its own by it.
         channels: of the memory pyramid.
         num_classes: without background.
         strides: of the memory pyramid in pixels, finest first, its extra level included.
@@ -22,6 +23,7 @@ class HeadContext:
         official_defects: hand over positives with the original's defects (method.md 49).
     """
 
+    name: str
     channels: int
     num_classes: int
     strides: tuple[int, ...]

@@ -53,7 +53,10 @@ class RoiOutput(HeadOutput):
 
 
 class Rcnn(nn.Module):
-    """Convolutions, if any, and fully connected layers on each region's RoIAlign feature."""
+    """Convolutions, if any, and fully connected layers on each region's RoIAlign feature.
+
+    Its samples are those that each image's seed and ``stream`` draw.
+    """
 
     def __init__(
         self,
@@ -62,9 +65,12 @@ class Rcnn(nn.Module):
         num_classes: int,
         strides: Sequence[int],
         groups: int = 32,
+        *,
+        stream: str = "rcnn",
     ) -> None:
         super().__init__()
         self.config, self.num_classes, self.strides = config, num_classes, tuple(strides)
+        self.stream = stream
         boxes = 1 if config.class_agnostic else num_classes
         self.convs = conv_tower(channels, config.convs, groups, bias=False)
         self.fc1 = nn.Linear(channels * config.roi_size**2, config.fc_dim)
@@ -107,7 +113,7 @@ class Rcnn(nn.Module):
                 numbers,
                 self.config.samples,
                 self.config.positive_fraction,
-                draw_generator(t, "rcnn"),
+                draw_generator(t, self.stream),
             )
             chosen = torch.cat((positive, negative)).to(boxes.device)
             matched = numbers[positive].to(boxes.device)

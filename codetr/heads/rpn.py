@@ -37,11 +37,16 @@ class RpnPrediction:
 
 
 class Rpn(nn.Module):
-    """Class-agnostic proposals on all levels (Faster R-CNN, section 3.1)."""
+    """Class-agnostic proposals on all levels (Faster R-CNN, section 3.1).
 
-    def __init__(self, config: RpnConfig, channels: int, strides: Sequence[int]) -> None:
+    Its samples are those that each image's seed and ``stream`` draw.
+    """
+
+    def __init__(
+        self, config: RpnConfig, channels: int, strides: Sequence[int], *, stream: str = "rpn"
+    ) -> None:
         super().__init__()
-        self.config, self.strides = config, tuple(strides)
+        self.config, self.strides, self.stream = config, tuple(strides), stream
         octaves = config.anchor_scales_per_octave
         self.scales = octave_scales(config.octave_base_scale, octaves)
         shapes = octaves * len(config.ratios)
@@ -101,7 +106,7 @@ class Rpn(nn.Module):
                 of_image,
                 self.config.samples,
                 self.config.positive_fraction,
-                draw_generator(objects, "rpn"),
+                draw_generator(objects, self.stream),
             )
             for of_image, objects in zip(assigned.cpu(), targets, strict=True)
         ]

@@ -75,7 +75,7 @@ def _settings(shapes: Shapes) -> Settings:
     heads = _heads(shapes, channels)
     parts = ["dino"] if dino else []
     parts += ["vit-l"] if backbone["name"].startswith("eva02") else []
-    parts += ["soft-nms"] if dino and heads else []
+    parts += ["co-dino"] if dino and heads else []
     merged = part(parts[0]).settings if parts else {"detector": {}, "heads": {}}
     for name in parts[1:]:
         merged = merge(merged, part(name).settings)

@@ -43,11 +43,12 @@ CONFIGS: dict[str, AnyHeadConfig] = {
 }
 
 
-def small_head(name: str, seed: int = 0, **positives: Any) -> Head:
+def small_head(kind: str, seed: int = 0, *, called: str | None = None, **positives: Any) -> Head:
+    """A head of a kind, called by it or otherwise: its draws are by its name."""
     torch.manual_seed(seed)
     return build_head(
-        CONFIGS[name],
-        name=name,
+        CONFIGS[kind],
+        name=called or kind,
         channels=CHANNELS,
         num_classes=CLASSES,
         strides=STRIDES,

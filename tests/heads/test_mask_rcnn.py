@@ -95,8 +95,9 @@ def test_learns_a_mask() -> None:
 
 
 def test_the_rest_is_faster_rcnn() -> None:
-    """The same losses and positives as Faster R-CNN with the same weights, and one loss more."""
-    faster, mask = small_head("faster_rcnn"), small_head("mask_rcnn")
+    """The same losses and positives as Faster R-CNN with the same weights and draws, and one loss
+    more."""
+    faster, mask = small_head("faster_rcnn", called="mask_rcnn"), small_head("mask_rcnn")
     assert isinstance(mask, MaskRcnnHead)
     own = mask.state_dict()
     faster.load_state_dict({k: v for k, v in own.items() if not k.startswith("mask.")})

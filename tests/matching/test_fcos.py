@@ -17,7 +17,7 @@ from codetr.matching.max_iou import BACKGROUND, IGNORED
 
 STRIDES = (8, 16, 32)
 WIDTH, HEIGHT = 192, 128
-HEAD = FcosHead(FcosConfig(), HeadContext(8, 3, STRIDES, groups=4))
+HEAD = FcosHead(FcosConfig(), HeadContext("fcos", 8, 3, STRIDES, groups=4))
 
 
 def grid() -> Anchors:

@@ -93,7 +93,7 @@ def test_a_missing_file_is_named():
         ("{table: table99}", "no table 'table99'"),
         ("{table: table7_number_of_heads}", "2 rows"),
         ("{table: table7_number_of_heads, row: {k: 9}}", "0 rows"),
-        ("{table: table7_number_of_heads, row: {k: 1}, column: mAP}", "not one"),
+        ("{table: table7_number_of_heads, row: {k: 1}, column: mAP}", "no column 'mAP'"),
     ],
 )
 def test_rows_that_the_paper_does_not_have(tmp_path, paper, message):

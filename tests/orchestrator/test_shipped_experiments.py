@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ TABLES = {
     "state-of-the-art": "table4_state_of_the_art",
 }
 PAPER = {
-    "ablation-components": [37.1, 41.6, 40.5, 42.3],
+    "ablation-components": [37.1, 41.6, 40.5, 42.3, 43.3, 46.2, 45.3, 46.8],
     "ablation-convs": [41.8, 42.3, 41.9, 42.1, 42.3, 42.0],
     "ablation-heads": [43.3, 46.1, 46.3, 46.5, 46.5, 46.5, 46.5, 46.8],
     "ablation-k-to-6": [48.4, 47.1, 48.7, 49.0, 49.5, 49.5, 48.9],
@@ -90,6 +92,96 @@ def test_all_rows_of_the_table_stand_beside_the_arms(name, coco):
     assert [trial.paper_ap for trial in plan(name, "paper", coco).trials] == PAPER[name]
 
 
+# ------------------------------------------------------------------------- what arms have in common
+
+
+def settings_of(trial: Trial, *besides: str) -> str:
+    """What a trial trains and with what, but for the order of its heads, which draw and start by
+    their names, and for what is evaluated in the end."""
+    heads = sorted(head.model_dump_json() for head in trial.detector.heads)
+    detector = trial.detector.model_dump(mode="json", exclude={"heads", *besides})
+    training = trial.training.model_dump(mode="json", exclude={"evaluate_branches"})
+    data = trial.data.model_dump(mode="json")
+    return json.dumps(
+        [detector, [] if "heads" in besides else heads, training, data], sort_keys=True
+    )
+
+
+BY_K = ("ablation-k", "ablation-k-to-6", "baselines-plain", "baselines-strong", "branches")
+"""Their arms are called after a detector, if there are several, and K."""
+BY_HEADS = ("ablation-convs", "ablation-heads", "ablation-lambda", "ablation-same-heads")
+"""All their arms are of one detector."""
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", [*BY_K, *BY_HEADS])
+def test_arms_that_ask_about_heads_differ_in_them_alone(name, profile, coco):
+    """And in the weights of the new losses: that is what equation 6 adds to a detector."""
+    found = defaultdict(set)
+    for trial in plan(name, profile, coco).trials:
+        family, of_k, _ = trial.arm.partition("K=")
+        key = family if of_k or name in BY_K else ""
+        found[key].add(settings_of(trial, "heads", "lambda_1", "lambda_2"))
+    assert {key for key, settings in found.items() if len(settings) > 1} == set()
+    assert len(found) < len(plan(name, profile, coco).trials)
+
+
+ONE_ROW = [
+    {
+        "ablation-k": "K=2 ATSS + Faster R-CNN",
+        "ablation-k-to-6": "K=2 ATSS + Faster R-CNN",
+        "baselines-strong": "Deformable-DETR++, K=2",
+        "branches": "K=2 ATSS + Faster R-CNN",
+        "state-of-the-art": "Co-Deformable-DETR",
+    },
+    {
+        "ablation-k": "K=1 ATSS",
+        "ablation-same-heads": "1 x ATSS",
+        "baselines-strong": "Deformable-DETR++, K=1",
+    },
+    {"baselines-strong": "DINO, K=0", "state-of-the-art": "DINO"},
+    {"baselines-strong": "DINO Swin-L, K=0", "state-of-the-art": "DINO Swin-L, 36 epochs"},
+    {"ablation-components": "neither", "baselines-plain": "Deformable-DETR, 12 epochs, K=0"},
+    {
+        "ablation-components": "both",
+        "ablation-convs": "1 conv",
+        "baselines-plain": "Deformable-DETR, 12 epochs, K=1",
+    },
+    {
+        "ablation-heads": "ATSS",
+        "ablation-lambda": "λ1=1 λ2=2",
+        "baselines-plain": "Deformable-DETR, K=1",
+        "longer-schedule": "K=1, 36 epochs",
+    },
+]
+"""Arms that the paper has one number for, in several tables."""
+
+
+@pytest.mark.parametrize("row", ONE_ROW, ids=lambda row: next(iter(row.values())))
+def test_a_training_of_several_tables_is_one(row, coco):
+    trials = [
+        trial
+        for name, arm in row.items()
+        for trial in plan(name, "paper", coco).trials
+        if trial.arm == arm
+    ]
+    assert len(trials) == len(row)
+    assert len({trial.paper_ap for trial in trials}) == 1
+    assert len({settings_of(trial) for trial in trials}) == 1
+
+
+def test_a_training_has_one_number_of_the_papers(coco):
+    """But for H-Deformable-DETR's, which tables 4 and 7 have twice: their files say so."""
+    numbers = defaultdict(set)
+    for name in SHIPPED:
+        for trial in plan(name, "paper", coco).trials:
+            numbers[settings_of(trial)].add(trial.paper_ap)
+    several = [of_one - {None} for of_one in numbers.values() if len(of_one - {None}) > 1]
+    assert several == [{48.4, 48.7}]
+    for name in ("ablation-k-to-6", "state-of-the-art"):
+        assert "48.7" in load_experiment(name).file.read_text()
+
+
 def test_the_schedules_of_the_paper(coco):
     """Epochs, drops, batch and rate, as section 4.1 and supplementary B have them."""
 
@@ -101,7 +193,9 @@ def test_the_schedules_of_the_paper(coco):
             for t in trials
         }  # fmt: skip
 
-    assert schedules("ablation-k-to-6") == {(12, 11, 16, 2e-4)}
+    assert schedules("ablation-components") == {(12, 11, 32, 2e-4), (36, 30, 32, 2e-4)}
+    for of_tables_7_and_11 in ("ablation-k", "ablation-k-to-6", "ablation-same-heads", "branches"):
+        assert schedules(of_tables_7_and_11) == {(12, 11, 16, 2e-4)}
     assert schedules("ablation-heads") == {(36, 30, 32, 2e-4)}
     assert schedules("baselines-plain") == {(36, 30, 32, 2e-4), (12, 11, 32, 2e-4)}
     assert schedules("baselines-strong") == {(12, 11, 16, 2e-4), (36, 30, 16, 2e-4)}
@@ -109,6 +203,18 @@ def test_the_schedules_of_the_paper(coco):
     assert schedules("coco-system-pretraining") == {(26, 24, 224, 2.5e-4)}
     assert schedules("lvis-system") == {(36, 30, 16, 2e-4), (16, 9, 15, 64, 5e-5)}
     assert schedules("lvis-system-pretraining") == {(26, 24, 192, 2e-4)}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_all_of_dino_learns_at_one_rate(profile, coco):
+    """But for the backbone; Deformable-DETR's sampling offsets do at a tenth of it."""
+    rates = {
+        (trial.detector.queries.rank_by, trial.training.offsets_multiplier)
+        for name in SHIPPED
+        for trial in plan(name, profile, coco).trials
+        if trial.detector.transformer.attention == "deformable"
+    }
+    assert rates == {("best_class", 1), ("objectness", 0.1)}
 
 
 def test_the_data_of_the_paper(coco):

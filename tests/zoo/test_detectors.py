@@ -57,10 +57,22 @@ def test_deformable_detr_plus_plus_is_the_default() -> None:
 
 
 def test_dino_is_co_dino_without_heads() -> None:
-    """But for Soft-NMS."""
-    changes = {"heads": (), "soft_nms": DetectorConfig().soft_nms}
-    co_dino = detector_config("co-dino-5scale-r50")
+    """But for Soft-NMS and the class loss, which is focal loss in DINO (method.md 34)."""
+    co_dino, plain = detector_config("co-dino-5scale-r50"), DetectorConfig()
+    assert co_dino.query_loss.classification == "quality_focal"
+    focal = co_dino.query_loss.model_copy(update={"classification": "focal"})
+    changes = {"heads": (), "soft_nms": plain.soft_nms, "query_loss": focal}
     assert detector_config("dino-5scale-r50") == co_dino.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("backbone", ["r50", "swin-l"])
+def test_dino_with_heads_differs_from_dino_in_them_alone(backbone: str) -> None:
+    """Table 3."""
+    plain = detector_config(f"dino-5scale-{backbone}")
+    for suffix, kinds in (("k1", ["atss"]), ("k2", ["faster_rcnn", "atss"])):
+        config = detector_config(f"dino-5scale-{backbone}-{suffix}")
+        assert [head.type for head in config.heads] == kinds
+        assert config.model_copy(update={"heads": ()}) == plain
 
 
 @pytest.mark.parametrize(
