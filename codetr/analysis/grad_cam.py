@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -55,7 +56,7 @@ def grad_cams(
         sizes: valid (height, width) of each image in pixels.
     """
     tokens = memory.tokens.detach().requires_grad_()
-    source = Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+    source = replace(memory, tokens=tokens)
     maps = {}
     for name, scores in branches.items():
         with torch.enable_grad():

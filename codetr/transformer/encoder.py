@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,7 +31,7 @@ class EncoderLayer(nn.Module):
         self, tokens: Tensor, position: Tensor, frame: SamplingFrame, memory: Memory
     ) -> Tensor:
         """(B, T, C) from ``tokens`` (B, T, C); ``memory`` gives the maps' layout."""
-        source = Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+        source = replace(memory, tokens=tokens)
         tokens = self.norms[0](tokens + self.attention(tokens + position, frame, source))
         return self.norms[1](tokens + self.ffn(tokens))
 
@@ -61,7 +63,7 @@ class Encoder(nn.Module):
                 tokens = checkpoint(layer, tokens, position, frame, memory, use_reentrant=False)
             else:
                 tokens = layer(tokens, position, frame, memory)
-        return Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+        return replace(memory, tokens=tokens)
 
 
 def lay_out(

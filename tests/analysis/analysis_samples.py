@@ -43,9 +43,9 @@ def checkpoint_of(config: DetectorConfig, *, epoch: int = 1, seed: int = 7) -> C
     return state.checkpoint()
 
 
-def subject(*heads: Any, two_stage: bool = False) -> Subject:
-    config = tiny_detector(*heads, two_stage=two_stage)
-    return Subject.of(checkpoint_of(config), torch.device("cpu"))
+def subject(*heads: Any, **settings: Any) -> Subject:
+    """An untrained detector; ``settings`` as of ``tiny_detector``."""
+    return Subject.of(checkpoint_of(tiny_detector(*heads, **settings)), torch.device("cpu"))
 
 
 def model(*heads: Any, **settings: Any) -> CoDETR:

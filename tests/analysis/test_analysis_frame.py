@@ -12,7 +12,7 @@ import torch
 from analysis_samples import BOTH, CLASSES, DATA, checkpoint_of, dataset, subject
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_training import FASTER_RCNN, tiny_detector
+from tiny_training import FASTER_RCNN, KINDS, tiny_detector
 
 from codetr.analysis import CATALOGUE, analysis
 from codetr.analysis.frame import (
@@ -42,18 +42,21 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detectors():
-    """One of one stage and one of two, both with both heads."""
-    return [subject(*BOTH), subject(*BOTH, two_stage=True)]
+    """One of each kind, with both heads."""
+    return {kind: subject(*BOTH, kind=kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def alone(data, detectors):
-    """Every analysis, an image at a time."""
-    return {
-        (name, i): measure(analysis(name), detector, data, batch_size=1)
-        for name in CATALOGUE
-        for i, detector in enumerate(detectors)
-    }
+    """Every analysis of every kind of detector, an image at a time, when it is asked for."""
+
+    class Alone(dict[tuple[str, str], Measurement]):
+        def __missing__(self, key: tuple[str, str]) -> Measurement:
+            name, kind = key
+            self[key] = measure(analysis(name), detectors[kind], data, batch_size=1)
+            return self[key]
+
+    return Alone()
 
 
 def test_the_catalogue_has_every_analysis() -> None:
@@ -61,13 +64,14 @@ def test_the_catalogue_has_every_analysis() -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batch_size=st.integers(2, 8), which=st.integers(0, 1))
-def test_exact_under_any_batch_size(name, batch_size, which, request) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_size=st.integers(2, 8))
+def test_exact_under_any_batch_size(name, kind, batch_size, request) -> None:
     """Images of several sizes: no image is padded, so neither are its neighbours seen."""
     data, detectors, alone = map(request.getfixturevalue, ("data", "detectors", "alone"))
-    together = measure(analysis(name), detectors[which], data, batch_size=batch_size)
-    wanted = alone[name, which]
+    together = measure(analysis(name), detectors[kind], data, batch_size=batch_size)
+    wanted = alone[name, kind]
     assert together.numbers.keys() == wanted.numbers.keys()
     for number, value in wanted.numbers.items():
         assert together.numbers[number] == pytest.approx(value, rel=1e-4, abs=1e-5), number
@@ -78,7 +82,7 @@ def test_exact_under_any_batch_size(name, batch_size, which, request) -> None:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_saved_and_read_again(name, alone, tmp_path) -> None:
-    before = alone[name, 0]
+    before = alone[name, "one-stage"]
     assert Measurement.load(tmp_path, name) is None
     written = before.save(tmp_path)
     assert {path.name for path in written} == {f"{name}.npz", f"{name}.json"}
@@ -97,7 +101,11 @@ def test_saved_and_read_again(name, alone, tmp_path) -> None:
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "instability"])
 def test_pages_show_their_pictures(name, alone, tmp_path) -> None:
     """Two detectors and two seeds of one, beside the paper."""
-    several = [alone[name, 0], replace(alone[name, 0], label="seed 1"), alone[name, 1]]
+    several = [
+        alone[name, "one-stage"],
+        replace(alone[name, "one-stage"], label="seed 1"),
+        alone[name, "two-stage"],
+    ]
     several = [replace(m, group=g) for m, g in zip(several, ("a", "a", "b"), strict=True)]
     page, *pictures = analysis(name).report(several, tmp_path, paper_tables())
     text = page.read_text()
@@ -189,7 +197,7 @@ def test_weights_without_a_training(data) -> None:
 def test_data_without_objects(name, detectors, tmp_path) -> None:
     empty = dataset(tmp_path, [(48, 64)] * 2, empty=(0, 1))
     with pytest.raises(AnalysisError, match=r"instances_val\.json: no object in 2 images"):
-        measure(analysis(name), detectors[0], empty)
+        measure(analysis(name), detectors["one-stage"], empty)
 
 
 def test_classes_that_disagree(data) -> None:
@@ -203,7 +211,7 @@ def test_classes_that_disagree(data) -> None:
 
 
 def test_facts_and_labels(alone) -> None:
-    found = alone["conflicts", 0]
+    found = alone["conflicts", "one-stage"]
     assert found.label == "K=2 atss + faster_rcnn, seed 7, epoch 1"
     assert (found.facts["k"], found.facts["images"], found.facts["objects"]) == (2, 7, 12)
     json.dumps(found.facts)
@@ -248,7 +256,7 @@ def test_some_images_only(data, detectors) -> None:
     seen = []
     found = measure(
         analysis("iof-iob"),
-        detectors[0],
+        detectors["one-stage"],
         data,
         images=3,
         on_images=lambda done, total: seen.append((done, total)),
