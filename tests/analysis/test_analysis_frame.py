@@ -26,9 +26,9 @@ from codetr.analysis.frame import (
     spread,
 )
 from codetr.analysis.instability import Instability, courses
+from codetr.analysis.stability import instability
 from codetr.data import Classes, DataError, open_dataset
 from codetr.data.digits import make_digits
-from codetr.matching.stability import instability
 from codetr.weights import Weights
 from orchestrator.experiment import paper_tables
 
