@@ -23,6 +23,7 @@ from codetr.data import CocoDataset
 from codetr.data.canvas import Canvas
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
+from codetr.inference import AHEAD
 from codetr.structures import ImageBatch, Size, Targets
 from codetr.weights import Weights
 
@@ -332,16 +333,21 @@ def look_at(dataset: CocoDataset, places: Sequence[int], batch_size: int) -> Ite
     """The images at these places, with their objects, in batches of one size each.
 
     Images of different size are never put together: in padding a convolution's border differs, and
-    an image's features would depend on its neighbours.
+    an image's features would depend on its neighbours. ``AHEAD`` batches of them at most are held;
+    where all sizes differ, the commonest goes before its batch is full.
     """
     waiting: dict[Size, list[tuple[int, Tensor, Targets]]] = {}
+    held = 0
     for place in places:
         pixels, targets = dataset[place]
         size = (pixels.shape[1], pixels.shape[2])
         some = waiting.setdefault(size, [])
         some.append((place, pixels, targets))
-        if len(some) == batch_size:
-            yield _together(waiting.pop(size), dataset.canvas)
+        held += 1
+        if len(some) == batch_size or held == AHEAD * batch_size:
+            fullest = max(waiting, key=lambda size: len(waiting[size]))
+            held -= len(waiting[fullest])
+            yield _together(waiting.pop(fullest), dataset.canvas)
     for some in waiting.values():
         yield _together(some, dataset.canvas)
 

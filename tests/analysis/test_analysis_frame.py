@@ -21,6 +21,7 @@ from codetr.analysis.frame import (
     Subject,
     default_label,
     default_labels,
+    look_at,
     measure,
     object_counts,
     spread,
@@ -29,6 +30,8 @@ from codetr.analysis.instability import Instability, courses
 from codetr.analysis.stability import instability
 from codetr.data import Classes, DataError, open_dataset
 from codetr.data.digits import make_digits
+from codetr.inference import AHEAD
+from codetr.structures import Targets
 from codetr.weights import Weights
 from orchestrator.experiment import paper_tables
 
@@ -250,6 +253,48 @@ def test_images_are_spread_evenly(count: int, most: int) -> None:
     assert places[0] == 0
     assert gaps.max() - gaps.min() <= 1
     assert spread(count, None) == [*range(count)]
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 4))
+def test_images_that_wait_for_their_like_are_few(sides: list[int], batch_size: int) -> None:
+    """However many sizes there are: every image is seen once, and few are held at a time."""
+
+    class Images:
+        canvas, held = None, 0
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, Targets]:
+            self.held += 1
+            assert self.held <= AHEAD * batch_size
+            return torch.zeros(3, 4, sides[place]), Targets(torch.zeros(0, 4), torch.zeros(0))
+
+    images, seen = Images(), []
+    for some in look_at(images, range(len(sides)), batch_size):
+        images.held -= len(some.indices)
+        seen += some.indices
+        assert len(some.indices) <= batch_size
+        assert {sides[place] for place in some.indices} == {some.batch.pixels.shape[-1]}
+    assert sorted(seen) == [*range(len(sides))]
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    """Of one size, batches are full; of many, the commonest goes first."""
+
+    class Images:
+        canvas = None
+
+        def __init__(self, *sides: int) -> None:
+            self.sides = sides
+
+        def batches(self) -> list[list[int]]:
+            return [some.indices for some in look_at(self, range(len(self.sides)), 3)]
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, Targets]:
+            side = self.sides[place]
+            return torch.zeros(3, side, side), Targets(torch.zeros(0, 4), torch.zeros(0))
+
+    assert Images(1, 1, 1, 1, 1, 1, 1).batches() == [[0, 1, 2], [3, 4, 5], [6]]
+    assert AHEAD == 4
+    assert Images(*range(1, 11), 5, 11, 12).batches()[0] == [4, 10]
 
 
 def test_some_images_only(data, detectors) -> None:
