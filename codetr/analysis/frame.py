@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import BadZipFile
@@ -24,7 +24,8 @@ from codetr.data.canvas import Canvas
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
 from codetr.inference import AHEAD
-from codetr.structures import ImageBatch, Size, Targets
+from codetr.structures import ImageBatch, Memory, Size, Targets
+from codetr.transformer.encoder import padded_cells
 from codetr.weights import Weights
 
 Arrays = dict[str, NDArray[Any]]
@@ -129,7 +130,8 @@ def numbered(labels: Sequence[str]) -> list[str]:
 
 @dataclass
 class Seen:
-    """Some images of one size, as the detector is given them: none of them is padded.
+    """Some images of one size, as the detector is given them: none is padded to another's size. A
+    canvas on which it was trained lies around each of them (:class:`codetr.data.canvas.Canvas`).
 
     Attributes:
         indices: the places of these images in the data set.
@@ -138,6 +140,16 @@ class Seen:
     batch: ImageBatch
     targets: list[Targets]
     indices: list[int]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of each image, without its canvas."""
+        return self.batch.contents or self.batch.sizes
+
+    def pixels(self, number: int) -> Tensor:
+        """(3, h, w) of an image, without its canvas."""
+        height, width = self.sizes[number]
+        return self.batch.pixels[number, :, :height, :width]
 
 
 # ---------------------------------------------------------------------------------- what is found
@@ -231,6 +243,15 @@ class Analysis(ABC):
             raise AnalysisError(
                 f"'{cls.name}' compares checkpoints: give at least {about.checkpoints} of them"
             )
+
+    def images_alone(self, memory: Memory, batch: ImageBatch) -> Memory:
+        """The memory for maps of the images: what a canvas leaves free is padding in it, also where
+        the detector takes it for image (``jitter.padding_mask: false``)."""
+        if batch.contents is None:
+            return memory
+        alone = replace(batch, sizes=batch.contents).padded(self.model.backbone.divisor)
+        cells = padded_cells(alone, memory.shapes)
+        return replace(memory, padding=torch.cat([level.flatten(1) for level in cells], dim=1))
 
     @abstractmethod
     def update(self, seen: Seen) -> None:

@@ -101,11 +101,15 @@ class Queries(Analysis):
                 every = own if positive.assigned is None else positive.assigned
                 self.counts[index, name] = (len(every), len(every.unique()), self._handed(positive))
                 self.distances[index, name] = query_distances(
-                    positive_centres(positive), own, centres[number], matched[number], sizes[number]
+                    positive_centres(positive),
+                    own,
+                    centres[number],
+                    matched[number],
+                    seen.sizes[number],
                 )
             if index in self.examples:
                 queries = centres[number][matched[number][0]]
-                self._keep(index, seen.batch.pixels[number], targets, queries, positives)
+                self._keep(index, seen.pixels(number), targets, queries, positives)
 
     def _handed(self, positives: Positives) -> int:
         """How many of an image's positives become queries of the decoder in training."""

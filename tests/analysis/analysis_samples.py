@@ -52,7 +52,9 @@ def model(*heads: Any, **settings: Any) -> CoDETR:
     return subject(*heads, **settings).model
 
 
-def dataset(folder: Path, sizes: list[Size], empty: tuple[int, ...] = ()) -> CocoDataset:
+def dataset(
+    folder: Path, sizes: list[Size], empty: tuple[int, ...] = (), config: DataConfig = DATA
+) -> CocoDataset:
     """A validation split: images of these sizes, each with two objects, or with none."""
     images = [coco_files.image(i, width, height) for i, (height, width) in enumerate(sizes)]
     annotations = [
@@ -67,7 +69,7 @@ def dataset(folder: Path, sizes: list[Size], empty: tuple[int, ...] = ()) -> Coc
         "categories": coco_files.CATEGORIES,
     }
     coco_files.write(folder, content, "val")
-    return open_dataset(DATA.model_copy(update={"path": folder}), "val")
+    return open_dataset(config.model_copy(update={"path": folder}), "val")
 
 
 def random_memory(
