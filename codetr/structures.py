@@ -162,6 +162,8 @@ class Positives:
         labels: (P,) class of the object that each positive is assigned to.
         targets: (P, 4) that object's box, xyxy in pixels.
         per_feature: the number of anchors on each cell.
+        assigned: (A,) on the CPU, the number of the object of every candidate that was assigned to
+            one, of which a sampler took P; None: nothing was sampled, the positives are all.
     """
 
     boxes: Tensor
@@ -171,6 +173,7 @@ class Positives:
     labels: Tensor
     targets: Tensor
     per_feature: int = 1
+    assigned: Tensor | None = None
 
 
 @dataclass

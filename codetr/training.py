@@ -22,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from codetr.analysis.stability import Matches, MatchRecorder
 from codetr.averaging import advance_average, begin_average
 from codetr.checkpoint import Checkpoint, CheckpointError, PartialEpoch, without_download
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig
@@ -38,7 +39,6 @@ from codetr.distributed import (
     world_size,
 )
 from codetr.inference import detect
-from codetr.matching.stability import Matches, MatchRecorder
 from codetr.parameter_groups import parameter_groups
 from codetr.progress import EpochReport, Progress, StepReport, StepValues
 from codetr.queries.selection import QUERY

@@ -241,7 +241,7 @@ def _report(
 def courses(results: Sequence[TrialResult]) -> list[Course]:
     """How each trial's matching changed, as it was recorded while it trained."""
     from codetr.analysis.instability import Course
-    from codetr.matching.stability import Instability
+    from codetr.analysis.stability import Instability
 
     recorded = []
     for result in results:

@@ -90,10 +90,13 @@ def analyze_checkpoints(
 
 
 def _open(kind: type[Analysis], checkpoint: AnyCheckpoint, data: str) -> CocoDataset:
+    """With the training's draws, as at the end of a run: what a head samples is the same."""
     from codetr.data import open_dataset
+    from codetr.weights import Weights
 
     masks = kind.trains_heads and checkpoint.detector.needs_masks
-    return open_dataset(data_config(checkpoint.data, data), "val", masks=masks)
+    seed = 0 if isinstance(checkpoint, Weights) else checkpoint.seed
+    return open_dataset(data_config(checkpoint.data, data), "val", seed=seed, masks=masks)
 
 
 def _load(place: str) -> AnyCheckpoint:

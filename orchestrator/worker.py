@@ -20,8 +20,8 @@ from orchestrator.plan import Trial
 from orchestrator.trial_log import log, trial_log
 
 if TYPE_CHECKING:
+    from codetr.analysis.stability import Matches
     from codetr.cost import Cost, ParameterCount
-    from codetr.matching.stability import Matches
     from codetr.progress import EpochReport, StepReport
     from codetr.training import Evaluation, TrainingState
     from orchestrator.storage import Storage
@@ -411,7 +411,7 @@ def _measured(values: dict[str, float]) -> dict[str, float]:
 
 def _changes(before: Matches, after: Matches) -> dict[str, float]:
     """How the matching of queries differs from the evaluation before; nothing at the first."""
-    from codetr.matching.stability import instability
+    from codetr.analysis.stability import instability
 
     change = instability(before, after)
     return {} if change is None else {f"matching/{k}": v for k, v in asdict(change).items()}

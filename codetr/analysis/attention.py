@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from codetr.hooks import Listener
 from codetr.structures import Memory, Size
 from codetr.transformer import Decoder
 from codetr.transformer.attention import DeformableAttention, SamplingFrame
+from codetr.transformer.conditional import ConditionalCrossAttention
 from codetr.transformer.decoder import DecoderLayer
 
 
@@ -45,7 +47,8 @@ class CrossAttention(Listener):
             if isinstance(module, DeformableAttention):
                 self.layers.append(sampled_attention(module, *args, **kwargs))
             else:
-                self.layers.append(dense_attention(module, *args, **kwargs))
+                dense = cast(ConditionalCrossAttention, module)
+                self.layers.append(dense_attention(dense, *args, **kwargs))
 
 
 def sampled_attention(
@@ -104,12 +107,24 @@ def splat(locations: Tensor, weights: Tensor, shapes: Sequence[Size]) -> Tensor:
     return torch.cat(levels, dim=1)
 
 
-def dense_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """(B, T): mean over queries and heads of dense attention, of a module called as torch's
-    ``nn.MultiheadAttention`` with ``batch_first``."""
-    wanted = {**kwargs, "need_weights": True, "average_attn_weights": True}
-    _, weights = module.forward(*args, **wanted)  # not the module itself: its hooks are ours
-    return weights.mean(1)
+def dense_attention(
+    module: ConditionalCrossAttention,
+    content: Tensor,
+    position: Tensor,
+    place: Tensor,
+    memory: Memory,
+) -> Tensor:
+    """(B, T): mean over queries and heads of how much conditional attention takes of each token.
+
+    Args:
+        module, content, position, place, memory: as of :meth:`ConditionalCrossAttention.forward`.
+    """
+    query, key = (
+        rows.unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
+        for rows in module.queries_and_keys(content, position, place, memory)
+    )
+    alike = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    return alike.masked_fill(memory.padding[:, None, None], -math.inf).softmax(-1).mean((1, 2))
 
 
 def attention_maps(

@@ -111,10 +111,11 @@ class Conflicts(Analysis):
         self.pictures: Arrays = {}
 
     def update(self, seen: Seen) -> None:
-        sizes = seen.batch.sizes
         with torch.no_grad():
             memory = self.model.encode(seen.batch)
-        maps = grad_cams(branch_scores(self.model, sizes), memory, seen.targets, sizes)
+        branches = branch_scores(self.model, seen.batch.sizes)
+        alone = self.images_alone(memory, seen.batch)
+        maps = grad_cams(branches, memory, seen.targets, seen.sizes, alone=alone)
         for number, (index, targets) in enumerate(zip(seen.indices, seen.targets, strict=True)):
             if not len(targets):
                 self.without_objects += 1
@@ -122,7 +123,7 @@ class Conflicts(Analysis):
             of_image = {name: as_fraction(maps[name][number]) for name in self.branches}
             self._compare(index, of_image)
             if index in self.examples:
-                self._keep(index, seen.batch.pixels[number], of_image)
+                self._keep(index, seen.pixels(number), of_image)
 
     def _compare(self, index: int, maps: dict[str, Tensor]) -> None:
         matrix = np.full((len(maps), len(maps)), np.nan)

@@ -76,16 +76,19 @@ class Discriminability(Analysis):
 
     @torch.no_grad()
     def update(self, seen: Seen) -> None:
-        scores = discriminability(self.model.encode(seen.batch), seen.batch.sizes)
-        rows = zip(seen.indices, scores, seen.targets, seen.batch.pixels, strict=True)
-        for index, score, targets, pixels in rows:
+        memory = self.images_alone(self.model.encode(seen.batch), seen.batch)
+        scores = discriminability(memory, seen.sizes)
+        rows = zip(seen.indices, scores, seen.targets, strict=True)
+        for number, (index, score, targets) in enumerate(rows):
             objects = foreground(targets.boxes, (score.shape[0], score.shape[1]))
             if objects.any() and not objects.all():
                 exact = score.double()
                 inside, outside = float(exact[objects].mean()), float(exact[~objects].mean())
                 self.rows[index] = (inside, outside, float(exact.std()))
             if index in self.examples:
-                self.pictures[f"image/{index}"] = shown(pixels, self.subject.checkpoint.data)
+                self.pictures[f"image/{index}"] = shown(
+                    seen.pixels(number), self.subject.checkpoint.data
+                )
                 self.pictures[f"score/{index}"] = shrunk(score[None])[0].cpu().numpy()
 
     def finish(self) -> tuple[Numbers, Arrays]:

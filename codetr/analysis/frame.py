@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import BadZipFile
@@ -23,7 +23,9 @@ from codetr.data import CocoDataset
 from codetr.data.canvas import Canvas
 from codetr.data.loader import collate
 from codetr.detector import CoDETR
-from codetr.structures import ImageBatch, Size, Targets
+from codetr.inference import AHEAD
+from codetr.structures import ImageBatch, Memory, Size, Targets
+from codetr.transformer.encoder import padded_cells
 from codetr.weights import Weights
 
 Arrays = dict[str, NDArray[Any]]
@@ -128,7 +130,8 @@ def numbered(labels: Sequence[str]) -> list[str]:
 
 @dataclass
 class Seen:
-    """Some images of one size, as the detector is given them: none of them is padded.
+    """Some images of one size, as the detector is given them: none is padded to another's size. A
+    canvas on which it was trained lies around each of them (:class:`codetr.data.canvas.Canvas`).
 
     Attributes:
         indices: the places of these images in the data set.
@@ -137,6 +140,16 @@ class Seen:
     batch: ImageBatch
     targets: list[Targets]
     indices: list[int]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of each image, without its canvas."""
+        return self.batch.contents or self.batch.sizes
+
+    def pixels(self, number: int) -> Tensor:
+        """(3, h, w) of an image, without its canvas."""
+        height, width = self.sizes[number]
+        return self.batch.pixels[number, :, :height, :width]
 
 
 # ---------------------------------------------------------------------------------- what is found
@@ -230,6 +243,15 @@ class Analysis(ABC):
             raise AnalysisError(
                 f"'{cls.name}' compares checkpoints: give at least {about.checkpoints} of them"
             )
+
+    def images_alone(self, memory: Memory, batch: ImageBatch) -> Memory:
+        """The memory for maps of the images: what a canvas leaves free is padding in it, also where
+        the detector takes it for image (``jitter.padding_mask: false``)."""
+        if batch.contents is None:
+            return memory
+        alone = replace(batch, sizes=batch.contents).padded(self.model.backbone.divisor)
+        cells = padded_cells(alone, memory.shapes)
+        return replace(memory, padding=torch.cat([level.flatten(1) for level in cells], dim=1))
 
     @abstractmethod
     def update(self, seen: Seen) -> None:
@@ -332,16 +354,21 @@ def look_at(dataset: CocoDataset, places: Sequence[int], batch_size: int) -> Ite
     """The images at these places, with their objects, in batches of one size each.
 
     Images of different size are never put together: in padding a convolution's border differs, and
-    an image's features would depend on its neighbours.
+    an image's features would depend on its neighbours. ``AHEAD`` batches of them at most are held;
+    where all sizes differ, the commonest goes before its batch is full.
     """
     waiting: dict[Size, list[tuple[int, Tensor, Targets]]] = {}
+    held = 0
     for place in places:
         pixels, targets = dataset[place]
         size = (pixels.shape[1], pixels.shape[2])
         some = waiting.setdefault(size, [])
         some.append((place, pixels, targets))
-        if len(some) == batch_size:
-            yield _together(waiting.pop(size), dataset.canvas)
+        held += 1
+        if len(some) == batch_size or held == AHEAD * batch_size:
+            fullest = max(waiting, key=lambda size: len(waiting[size]))
+            held -= len(waiting[fullest])
+            yield _together(waiting.pop(fullest), dataset.canvas)
     for some in waiting.values():
         yield _together(some, dataset.canvas)
 

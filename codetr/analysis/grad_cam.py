@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -42,6 +43,8 @@ def grad_cams(
     memory: Memory,
     targets: Sequence[Targets],
     sizes: Sequence[Size],
+    *,
+    alone: Memory | None = None,
 ) -> dict[str, list[Tensor]]:
     """Grad-CAM of each branch for the classes that are present: a map (H, W) for each image.
 
@@ -52,10 +55,12 @@ def grad_cams(
         branches: see :func:`branch_scores`.
         memory: of B images.
         targets: their objects.
-        sizes: valid (height, width) of each image in pixels.
+        sizes: (height, width) of each image in pixels, without its canvas.
+        alone: the memory of which maps are made, as of :meth:`Analysis.images_alone`; None: the
+            same, where there is no canvas.
     """
     tokens = memory.tokens.detach().requires_grad_()
-    source = Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+    source = replace(memory, tokens=tokens)
     maps = {}
     for name, scores in branches.items():
         with torch.enable_grad():
@@ -63,7 +68,7 @@ def grad_cams(
             total = (found * present_classes(targets, found)).sum()
         # Images do not look at one another: the gradient of the sum is each one's own.
         (gradient,) = torch.autograd.grad(total, tokens)
-        maps[name] = grad_cam(tokens.detach(), gradient, memory, sizes)
+        maps[name] = grad_cam(tokens.detach(), gradient, alone or memory, sizes)
     return maps
 
 

@@ -34,9 +34,9 @@ from codetr.analysis.page import (
     table,
     write_page,
 )
+from codetr.analysis.stability import Instability as Change
+from codetr.analysis.stability import Matches, MatchRecorder, instability
 from codetr.checkpoint import Checkpoint
-from codetr.matching.stability import Instability as Change
-from codetr.matching.stability import Matches, MatchRecorder, instability
 from codetr.plotting import draw_mean, legend_below, line_styles, picture
 from codetr.weights import Weights
 
@@ -44,7 +44,7 @@ QUANTITIES = {
     "changed": "Share of objects with another query",
     "per_image": "Queries changed per image (DN-DETR)",
 }
-"""What is shown of a :class:`~codetr.matching.stability.Instability`."""
+"""What is shown of a :class:`~codetr.analysis.stability.Instability`."""
 
 PAPER = (
     "The paper (section 3.4, figure 5) saw Co-Deformable-DETR match more stably than "

@@ -94,12 +94,13 @@ class IofIob(Analysis):
 
     @torch.no_grad()
     def update(self, seen: Seen) -> None:
-        memory, sizes = self.model.encode(seen.batch), seen.batch.sizes
+        memory, sizes = self.model.encode(seen.batch), seen.sizes
         with CrossAttention(self.model.decoder) as attention:
             self.model.decoder([self.model.queries(memory).group], memory)
-        attended = attention_maps(attention.mean(), memory, sizes)
+        alone = self.images_alone(memory, seen.batch)
+        attended = attention_maps(attention.mean(), alone, sizes)
         scores = {
-            "encoder": discriminability(memory, sizes),
+            "encoder": discriminability(alone, sizes),
             "decoder": [as_fraction(map_) for map_, _ in attended],
         }
         for number, (index, targets) in enumerate(zip(seen.indices, seen.targets, strict=True)):

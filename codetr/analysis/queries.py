@@ -57,10 +57,13 @@ PAPER = (
 
 
 class Queries(Analysis):
-    """Numbers: ``positives_per_object/HEAD``; ``objects_without/HEAD``, the share of objects that a
-    head assigns nothing to; ``distance_matched/HEAD`` and ``distance_unmatched/HEAD``, the mean
-    distance of a head's positives from the query matched with their object, and from the queries
-    that are matched with none, between centres in fractions of the image's diagonal.
+    """Numbers: ``positives_per_object/HEAD``, how many candidates a head's assignment gives an
+    object; ``queries_per_object/HEAD``, how many of them the decoder is handed in training, after
+    the sampler of an R-CNN and ``positive_queries.max``; ``objects_without/HEAD``, the share of
+    objects that the assignment gives nothing to; ``distance_matched/HEAD`` and
+    ``distance_unmatched/HEAD``, the mean distance of a head's positives, sampled where it samples,
+    from the query matched with their object, and from the queries that are matched with none,
+    between centres in fractions of the image's diagonal.
 
     Queries and positives lie where the decoder is given them: at their reference points.
     """
@@ -72,7 +75,7 @@ class Queries(Analysis):
         super().__init__(*args)
         self.heads = self.model.config.head_names
         self.objects: dict[int, int] = {}
-        self.counts: dict[tuple[int, str], tuple[int, int]] = {}
+        self.counts: dict[tuple[int, str], tuple[int, int, int]] = {}
         self.distances: dict[tuple[int, str], tuple[NDArray[Any], NDArray[Any]]] = {}
         self.pictures: Arrays = {}
 
@@ -95,13 +98,23 @@ class Queries(Analysis):
             self.objects[index] = len(targets)
             for name, positive in positives.items():
                 own = assigned_objects(positive, targets)
-                self.counts[index, name] = (len(own), len(own.unique()))
+                every = own if positive.assigned is None else positive.assigned
+                self.counts[index, name] = (len(every), len(every.unique()), self._handed(positive))
                 self.distances[index, name] = query_distances(
-                    positive_centres(positive), own, centres[number], matched[number], sizes[number]
+                    positive_centres(positive),
+                    own,
+                    centres[number],
+                    matched[number],
+                    seen.sizes[number],
                 )
             if index in self.examples:
                 queries = centres[number][matched[number][0]]
-                self._keep(index, seen.batch.pixels[number], targets, queries, positives)
+                self._keep(index, seen.pixels(number), targets, queries, positives)
+
+    def _handed(self, positives: Positives) -> int:
+        """How many of an image's positives become queries of the decoder in training."""
+        limits = self.model.config.positive_queries
+        return min(len(positives.positive), limits.max) if limits.enabled else 0
 
     def _keep(
         self,
@@ -126,6 +139,7 @@ class Queries(Analysis):
             counts = np.array([self.counts[place, name] for place in places])
             numbers[f"positives_per_object/{name}"] = counts[:, 0].sum() / objects
             numbers[f"objects_without/{name}"] = 1 - counts[:, 1].sum() / objects
+            numbers[f"queries_per_object/{name}"] = counts[:, 2].sum() / objects
             for number, kind in enumerate(("matched", "unmatched")):
                 values = np.concatenate([self.distances[place, name][number] for place in places])
                 arrays[f"{kind}/{name}"] = np.histogram(values, BINS)[0]
@@ -153,17 +167,24 @@ class Queries(Analysis):
             blocks=[
                 table(
                     [
-                        "detector", "head", "positives per object", "the paper's",
+                        "detector", "head", "positives per object", "handed over", "the paper's",
                         "objects without", "distance from matched", "from unmatched",
                     ],
-                    [[g, h, n, theirs.get(h), *rest] for g, h, n, *rest in _rows(measurements)],
+                    [
+                        [group, head, every, handed, theirs.get(head), *rest]
+                        for group, head, every, handed, *rest in _rows(measurements)
+                    ],
                 ),
                 image(places, "Matched queries and positives, with their objects"),
                 image(histograms, "Distances of positives from matched and unmatched queries"),
-                "Positives are those of the heads' assignment, before training takes at most "
-                "`positive_queries.max` of them. Distances are between centres, in fractions of "
-                "the image's diagonal; unmatched: the mean over the queries that are matched with "
-                "no object. Queries and positives are where the decoder is given them.",
+                "Positives are all that a head's assignment gives an object; handed over to the "
+                "decoder are those that an R-CNN's sampler takes (`rcnn.samples` times "
+                "`rcnn.positive_fraction` in an image at most), and of each head "
+                "`positive_queries.max` at most. The paper does not say which of the two it "
+                "counted. Objects without: those that the assignment gives nothing to. Distances "
+                "are between centres, in fractions of the image's diagonal, of the positives that "
+                "a head samples, or of all; unmatched: the mean over the queries that are matched "
+                "with no object. Queries and positives are where the decoder is given them.",
             ],
         )  # fmt: skip
         return [page, places, histograms]
@@ -213,7 +234,10 @@ def _per_object(measurements: Sequence[Measurement], head: str) -> str:
 
 def _rows(measurements: Sequence[Measurement]) -> list[list[str | None]]:
     """Group and head, and the numbers of the head there."""
-    names = ("positives_per_object", "objects_without", "distance_matched", "distance_unmatched")
+    names = (
+        "positives_per_object", "queries_per_object", "objects_without",
+        "distance_matched", "distance_unmatched",
+    )  # fmt: skip
     return [
         [group, head, *(mean_and_range(values_of(some, f"{name}/{head}")) for name in names)]
         for group, some in groups(measurements).items()

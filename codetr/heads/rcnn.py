@@ -33,12 +33,14 @@ class RoiSamples:
         labels: (P,) class of each positive's object.
         targets: (P, 4) that object's box.
         numbers: (P,) that object's number in its image.
+        assigned: (A,) on the CPU, the same of every region that was positive, sampled or not.
     """
 
     boxes: Tensor
     labels: Tensor
     targets: Tensor
     numbers: Tensor
+    assigned: Tensor
 
 
 @dataclass
@@ -119,7 +121,13 @@ class Rcnn(nn.Module):
             matched = numbers[positive].to(boxes.device)
             candidates = torch.cat((t.boxes, boxes))
             samples.append(
-                RoiSamples(candidates[chosen], t.labels[matched], t.boxes[matched], matched)
+                RoiSamples(
+                    boxes=candidates[chosen],
+                    labels=t.labels[matched],
+                    targets=t.boxes[matched],
+                    numbers=matched,
+                    assigned=numbers[numbers >= 0],
+                )
             )
         return samples
 
@@ -210,4 +218,5 @@ def _positives(samples: RoiSamples, features: Tensor) -> Positives:
         negative=index[count:],
         labels=samples.labels,
         targets=samples.targets,
+        assigned=samples.assigned,
     )

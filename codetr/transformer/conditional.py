@@ -84,19 +84,23 @@ class ConditionalCrossAttention(nn.Module):
     def forward(self, content: Tensor, position: Tensor, place: Tensor, memory: Memory) -> Tensor:
         """(B, Q, C) from content, position and place (B, Q, C) of queries. Contents of the first
         layer say nothing yet: there, positions are added to them. Padding has no weight."""
+        query, key = self.queries_and_keys(content, position, place, memory)
+        visible = ~memory.padding[:, None, None]
+        return self.output(_attend(query, key, self.value(memory.tokens), self.heads, visible))
+
+    def queries_and_keys(
+        self, content: Tensor, position: Tensor, place: Tensor, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """(B, Q, 2 C) and (B, T, 2 C), what the heads compare; arguments as of :meth:`forward`."""
         assert memory.position is not None, "conditional attention needs a dense encoder"
         query, key = self.query_content(content), self.key_content(memory.tokens)
         key_position = self.key_position(memory.position)
         if self.first:
             query, key = query + self.query_position(position), key + key_position
-        attended = _attend(
+        return (
             self._side_by_side(query, self.query_place(place)),
             self._side_by_side(key, key_position),
-            self.value(memory.tokens),
-            self.heads,
-            ~memory.padding[:, None, None],
         )
-        return self.output(attended)
 
     def _side_by_side(self, content: Tensor, place: Tensor) -> Tensor:
         """(B, N, 2 C) from two (B, N, C), so that each head has a share of both."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from codetr.config import TransformerConfig
-from codetr.structures import ImageBatch, Memory
+from codetr.structures import ImageBatch, Memory, Size
 from codetr.transformer.attention import DeformableAttention, SamplingFrame, feed_forward
 from codetr.transformer.positions import encode_pixels
 
@@ -29,7 +32,7 @@ class EncoderLayer(nn.Module):
         self, tokens: Tensor, position: Tensor, frame: SamplingFrame, memory: Memory
     ) -> Tensor:
         """(B, T, C) from ``tokens`` (B, T, C); ``memory`` gives the maps' layout."""
-        source = Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+        source = replace(memory, tokens=tokens)
         tokens = self.norms[0](tokens + self.attention(tokens + position, frame, source))
         return self.norms[1](tokens + self.ffn(tokens))
 
@@ -61,7 +64,7 @@ class Encoder(nn.Module):
                 tokens = checkpoint(layer, tokens, position, frame, memory, use_reentrant=False)
             else:
                 tokens = layer(tokens, position, frame, memory)
-        return Memory(tokens, memory.shapes, memory.padding, memory.valid_ratios)
+        return replace(memory, tokens=tokens)
 
 
 def lay_out(
@@ -70,10 +73,8 @@ def lay_out(
     """Flatten the maps into tokens (B, T, C); also, level by level, the sine encoding (B, t, C) of
     where its tokens are."""
     encoding = config.position_encoding
-    full = batch.padding_mask()[:, None].float()
     shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
-    # Nearest interpolation, as the original: a coarse level may have no padded cell at all.
-    masks = [functional.interpolate(full, size=shape)[:, 0].bool() for shape in shapes]
+    masks = padded_cells(batch, shapes)
     positions = [
         encode_pixels(mask, config.embed_dim, encoding.temperature, encoding.offset)
         .flatten(1, 2)
@@ -87,6 +88,13 @@ def lay_out(
         valid_ratios=torch.stack([_valid_ratio(mask) for mask in masks], dim=1),
     )
     return memory, positions
+
+
+def padded_cells(batch: ImageBatch, shapes: Sequence[Size]) -> list[Tensor]:
+    """(B, h, w) bool of each level, True where a cell lies in the padding of its image."""
+    full = batch.padding_mask()[:, None].float()
+    # Nearest interpolation, as the original: a coarse level may have no padded cell at all.
+    return [functional.interpolate(full, size=shape)[:, 0].bool() for shape in shapes]
 
 
 def _valid_ratio(mask: Tensor) -> Tensor:

@@ -43,16 +43,18 @@ def checkpoint_of(config: DetectorConfig, *, epoch: int = 1, seed: int = 7) -> C
     return state.checkpoint()
 
 
-def subject(*heads: Any, two_stage: bool = False) -> Subject:
-    config = tiny_detector(*heads, two_stage=two_stage)
-    return Subject.of(checkpoint_of(config), torch.device("cpu"))
+def subject(*heads: Any, **settings: Any) -> Subject:
+    """An untrained detector; ``settings`` as of ``tiny_detector``."""
+    return Subject.of(checkpoint_of(tiny_detector(*heads, **settings)), torch.device("cpu"))
 
 
 def model(*heads: Any, **settings: Any) -> CoDETR:
     return subject(*heads, **settings).model
 
 
-def dataset(folder: Path, sizes: list[Size], empty: tuple[int, ...] = ()) -> CocoDataset:
+def dataset(
+    folder: Path, sizes: list[Size], empty: tuple[int, ...] = (), config: DataConfig = DATA
+) -> CocoDataset:
     """A validation split: images of these sizes, each with two objects, or with none."""
     images = [coco_files.image(i, width, height) for i, (height, width) in enumerate(sizes)]
     annotations = [
@@ -67,7 +69,7 @@ def dataset(folder: Path, sizes: list[Size], empty: tuple[int, ...] = ()) -> Coc
         "categories": coco_files.CATEGORIES,
     }
     coco_files.write(folder, content, "val")
-    return open_dataset(DATA.model_copy(update={"path": folder}), "val")
+    return open_dataset(config.model_copy(update={"path": folder}), "val")
 
 
 def random_memory(

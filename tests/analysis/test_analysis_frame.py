@@ -12,7 +12,7 @@ import torch
 from analysis_samples import BOTH, CLASSES, DATA, checkpoint_of, dataset, subject
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_training import FASTER_RCNN, tiny_detector
+from tiny_training import FASTER_RCNN, KINDS, tiny_detector
 
 from codetr.analysis import CATALOGUE, analysis
 from codetr.analysis.frame import (
@@ -21,14 +21,17 @@ from codetr.analysis.frame import (
     Subject,
     default_label,
     default_labels,
+    look_at,
     measure,
     object_counts,
     spread,
 )
 from codetr.analysis.instability import Instability, courses
+from codetr.analysis.stability import instability
 from codetr.data import Classes, DataError, open_dataset
 from codetr.data.digits import make_digits
-from codetr.matching.stability import instability
+from codetr.inference import AHEAD
+from codetr.structures import Targets
 from codetr.weights import Weights
 from orchestrator.experiment import paper_tables
 
@@ -42,18 +45,21 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detectors():
-    """One of one stage and one of two, both with both heads."""
-    return [subject(*BOTH), subject(*BOTH, two_stage=True)]
+    """One of each kind, with both heads."""
+    return {kind: subject(*BOTH, kind=kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def alone(data, detectors):
-    """Every analysis, an image at a time."""
-    return {
-        (name, i): measure(analysis(name), detector, data, batch_size=1)
-        for name in CATALOGUE
-        for i, detector in enumerate(detectors)
-    }
+    """Every analysis of every kind of detector, an image at a time, when it is asked for."""
+
+    class Alone(dict[tuple[str, str], Measurement]):
+        def __missing__(self, key: tuple[str, str]) -> Measurement:
+            name, kind = key
+            self[key] = measure(analysis(name), detectors[kind], data, batch_size=1)
+            return self[key]
+
+    return Alone()
 
 
 def test_the_catalogue_has_every_analysis() -> None:
@@ -61,13 +67,14 @@ def test_the_catalogue_has_every_analysis() -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batch_size=st.integers(2, 8), which=st.integers(0, 1))
-def test_exact_under_any_batch_size(name, batch_size, which, request) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_size=st.integers(2, 8))
+def test_exact_under_any_batch_size(name, kind, batch_size, request) -> None:
     """Images of several sizes: no image is padded, so neither are its neighbours seen."""
     data, detectors, alone = map(request.getfixturevalue, ("data", "detectors", "alone"))
-    together = measure(analysis(name), detectors[which], data, batch_size=batch_size)
-    wanted = alone[name, which]
+    together = measure(analysis(name), detectors[kind], data, batch_size=batch_size)
+    wanted = alone[name, kind]
     assert together.numbers.keys() == wanted.numbers.keys()
     for number, value in wanted.numbers.items():
         assert together.numbers[number] == pytest.approx(value, rel=1e-4, abs=1e-5), number
@@ -78,7 +85,7 @@ def test_exact_under_any_batch_size(name, batch_size, which, request) -> None:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_saved_and_read_again(name, alone, tmp_path) -> None:
-    before = alone[name, 0]
+    before = alone[name, "one-stage"]
     assert Measurement.load(tmp_path, name) is None
     written = before.save(tmp_path)
     assert {path.name for path in written} == {f"{name}.npz", f"{name}.json"}
@@ -97,7 +104,11 @@ def test_saved_and_read_again(name, alone, tmp_path) -> None:
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "instability"])
 def test_pages_show_their_pictures(name, alone, tmp_path) -> None:
     """Two detectors and two seeds of one, beside the paper."""
-    several = [alone[name, 0], replace(alone[name, 0], label="seed 1"), alone[name, 1]]
+    several = [
+        alone[name, "one-stage"],
+        replace(alone[name, "one-stage"], label="seed 1"),
+        alone[name, "two-stage"],
+    ]
     several = [replace(m, group=g) for m, g in zip(several, ("a", "a", "b"), strict=True)]
     page, *pictures = analysis(name).report(several, tmp_path, paper_tables())
     text = page.read_text()
@@ -189,7 +200,7 @@ def test_weights_without_a_training(data) -> None:
 def test_data_without_objects(name, detectors, tmp_path) -> None:
     empty = dataset(tmp_path, [(48, 64)] * 2, empty=(0, 1))
     with pytest.raises(AnalysisError, match=r"instances_val\.json: no object in 2 images"):
-        measure(analysis(name), detectors[0], empty)
+        measure(analysis(name), detectors["one-stage"], empty)
 
 
 def test_classes_that_disagree(data) -> None:
@@ -203,7 +214,7 @@ def test_classes_that_disagree(data) -> None:
 
 
 def test_facts_and_labels(alone) -> None:
-    found = alone["conflicts", 0]
+    found = alone["conflicts", "one-stage"]
     assert found.label == "K=2 atss + faster_rcnn, seed 7, epoch 1"
     assert (found.facts["k"], found.facts["images"], found.facts["objects"]) == (2, 7, 12)
     json.dumps(found.facts)
@@ -244,11 +255,53 @@ def test_images_are_spread_evenly(count: int, most: int) -> None:
     assert spread(count, None) == [*range(count)]
 
 
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 4))
+def test_images_that_wait_for_their_like_are_few(sides: list[int], batch_size: int) -> None:
+    """However many sizes there are: every image is seen once, and few are held at a time."""
+
+    class Images:
+        canvas, held = None, 0
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, Targets]:
+            self.held += 1
+            assert self.held <= AHEAD * batch_size
+            return torch.zeros(3, 4, sides[place]), Targets(torch.zeros(0, 4), torch.zeros(0))
+
+    images, seen = Images(), []
+    for some in look_at(images, range(len(sides)), batch_size):
+        images.held -= len(some.indices)
+        seen += some.indices
+        assert len(some.indices) <= batch_size
+        assert {sides[place] for place in some.indices} == {some.batch.pixels.shape[-1]}
+    assert sorted(seen) == [*range(len(sides))]
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    """Of one size, batches are full; of many, the commonest goes first."""
+
+    class Images:
+        canvas = None
+
+        def __init__(self, *sides: int) -> None:
+            self.sides = sides
+
+        def batches(self) -> list[list[int]]:
+            return [some.indices for some in look_at(self, range(len(self.sides)), 3)]
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, Targets]:
+            side = self.sides[place]
+            return torch.zeros(3, side, side), Targets(torch.zeros(0, 4), torch.zeros(0))
+
+    assert Images(1, 1, 1, 1, 1, 1, 1).batches() == [[0, 1, 2], [3, 4, 5], [6]]
+    assert AHEAD == 4
+    assert Images(*range(1, 11), 5, 11, 12).batches()[0] == [4, 10]
+
+
 def test_some_images_only(data, detectors) -> None:
     seen = []
     found = measure(
         analysis("iof-iob"),
-        detectors[0],
+        detectors["one-stage"],
         data,
         images=3,
         on_images=lambda done, total: seen.append((done, total)),

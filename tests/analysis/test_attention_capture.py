@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from analysis_samples import model, random_memory
 from hypothesis import given
@@ -19,6 +20,7 @@ from codetr.analysis.attention import (
 from codetr.ops import deformable_attention
 from codetr.structures import Memory
 from codetr.transformer.attention import DeformableAttention, SamplingFrame
+from codetr.transformer.conditional import ConditionalCrossAttention
 
 SHAPES = [(4, 5), (2, 3)]
 TOKENS = 26
@@ -89,17 +91,22 @@ def test_samples_are_those_of_the_layer() -> None:
     torch.testing.assert_close(layer.output_proj(read), layer(query, frame, memory))
 
 
-def test_dense_attention_is_softmax_of_products() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_dense_attention_is_that_of_the_layer(first: bool) -> None:
+    """With the tokens' numbers, one-hot, for values, the layer gives its weights."""
     torch.manual_seed(0)
-    layer = nn.MultiheadAttention(8, 2, batch_first=True)
-    query, key = torch.randn(2, 3, 8), torch.randn(2, 7, 8)
-    weight, bias = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
-    q = (query @ weight[0].T + bias[0]).unflatten(-1, (2, 4)).transpose(1, 2)
-    k = (key @ weight[1].T + bias[1]).unflatten(-1, (2, 4)).transpose(1, 2)
-    wanted = (q @ k.transpose(2, 3) / 2).softmax(-1).mean((1, 2))
-    found = dense_attention(layer, query, key, key, need_weights=False)
+    layer = ConditionalCrossAttention(8, 2, first=first)
+    memory = random_memory([(4, 6)], [[(4, 6)], [(3, 5)]], channels=8)
+    memory.position = torch.randn(2, 24, 8)
+    queries = [3 * torch.randn(2, 5, 8) for _ in range(3)]
+    found = dense_attention(layer, *queries, memory)
+    numbers = torch.eye(24).repeat(1, 2).expand(2, -1, -1)  # each of two heads reads all of them
+    layer.value.register_forward_hook(lambda *_: numbers)
+    layer.output = nn.Identity()
+    wanted = layer(*queries, memory).unflatten(-1, (2, 24)).mean((1, 2))
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(found.sum(1), torch.ones(2))
+    assert (found[memory.padding] == 0).all()
 
 
 def test_listening_changes_nothing_and_ends() -> None:

@@ -19,7 +19,7 @@ from codetr.analysis.page import (
     ranking,
     seeds_of,
 )
-from codetr.matching.stability import Instability
+from codetr.analysis.stability import Instability
 from codetr.plotting import COLOURS, draw_mean, legend_below, line_styles
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analysis_samples import BOTH, dataset, subject
 from matplotlib.figure import Figure
-from tiny_training import tiny_batch
+from tiny_training import FASTER_RCNN, tiny_batch
 
 from codetr.analysis.frame import measure
 from codetr.analysis.queries import (
@@ -20,7 +20,7 @@ from codetr.analysis.queries import (
     query_distances,
 )
 from codetr.boxes import xyxy_to_cxcywh
-from codetr.structures import Positives, Targets
+from codetr.structures import ImageBatch, Positives, Targets
 
 
 def test_distances_by_hand() -> None:
@@ -85,6 +85,48 @@ def test_counts_and_distances_of_a_detector(tmp_path) -> None:
         assert found.arrays[f"unmatched/{name}"].sum() == count
         assert found.arrays[f"matched/{name}"].sum() == count
     assert found.numbers["positives_per_object/atss"] > 1
+
+
+def test_a_sampler_hides_positives_from_the_decoder_and_not_from_the_count(tmp_path) -> None:
+    """An R-CNN that is given one positive an image, where each of two objects is one itself."""
+    small = {**FASTER_RCNN, "rcnn": {**FASTER_RCNN["rcnn"], "samples": 4}}
+    one, data = subject(small, "atss"), dataset(tmp_path, [(48, 64)] * 3)
+    found = measure(Queries, one, data).numbers
+    head, every = one.model.heads[0], 0
+    for place in range(3):
+        pixels, targets = data[place]
+        batch, sizes = ImageBatch(pixels[None], [(48, 64)]), [(48, 64)]
+        with torch.no_grad():
+            pyramid = one.model.memory_pyramid(one.model.encode(batch))
+            (proposals,) = head.rpn.propose(head.rpn(pyramid), sizes, head.config.rpn.train_nms_pre)
+        candidates = torch.cat((targets.boxes, proposals)).tolist()
+        every += sum(
+            max(overlap(candidate, box) for box in targets.boxes.tolist()) >= 0.5
+            for candidate in candidates
+        )
+    assert found["positives_per_object/faster_rcnn"] == every / 6 >= 1
+    assert found["queries_per_object/faster_rcnn"] == 3 / 6
+    assert found["objects_without/faster_rcnn"] == 0
+    assert found["queries_per_object/atss"] == found["positives_per_object/atss"]
+
+
+@pytest.mark.parametrize(("limits", "wanted"), [({"max": 3}, 3 / 2), ({"enabled": False}, 0)])
+def test_the_decoder_is_handed_what_the_settings_let_through(tmp_path, limits, wanted) -> None:
+    one = subject("atss", positive_queries=limits)
+    found = measure(Queries, one, dataset(tmp_path, [(48, 64)] * 2)).numbers
+    assert found["positives_per_object/atss"] > 3 / 2
+    assert found["queries_per_object/atss"] == wanted
+
+
+def overlap(first: list[float], second: list[float]) -> float:
+    """Intersection over union of two xyxy boxes."""
+    sides = [
+        max(min(first[axis + 2], second[axis + 2]) - max(first[axis], second[axis]), 0)
+        for axis in (0, 1)
+    ]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    shared = math.prod(sides)
+    return shared / (sum(areas) - shared)
 
 
 def test_examples_are_in_the_pixels_of_their_picture(tmp_path) -> None:

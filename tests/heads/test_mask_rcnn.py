@@ -36,7 +36,9 @@ def random_samples(targets: Targets, seed: int, positives: int = 6, all_: int = 
     boxes = targets.boxes[numbers] + jitter
     negatives = torch.tensor([[1.0, 1, 20, 30]]).expand(all_ - positives, -1)
     matched = targets.boxes[numbers]
-    return RoiSamples(torch.cat((boxes, negatives)), targets.labels[numbers], matched, numbers)
+    return RoiSamples(
+        torch.cat((boxes, negatives)), targets.labels[numbers], matched, numbers, numbers
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -78,7 +80,7 @@ def test_learns_a_mask() -> None:
     """The loss of a region whose mask never changes goes to zero."""
     mask, targets = branch(channels=16), random_targets([1])
     objects = targets[0]
-    samples = [RoiSamples(objects.boxes, objects.labels, objects.boxes, torch.tensor([0]))]
+    samples = [RoiSamples(objects.boxes, objects.labels, objects.boxes, *[torch.tensor([0])] * 2)]
     pyramid = random_pyramid(1)[:-1]
     optimizer = torch.optim.Adam(mask.parameters(), 0.01)
     losses = []

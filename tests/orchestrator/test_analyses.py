@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import start, tiny_detector, tiny_training
+from tiny_training import FASTER_RCNN, start, tiny_detector, tiny_training
 from trial_samples import sample_plan, sample_results
 
 from codetr.analysis import CATALOGUE
 from codetr.analysis.frame import Measurement
-from codetr.checkpoint import save_checkpoint
+from codetr.checkpoint import load_checkpoint, save_checkpoint
 from codetr.config import ConfigError
 from codetr.data import open_dataset
 from codetr.zoo.files import convert
@@ -261,7 +261,9 @@ def checkpoints(tmp_path_factory, coco_folder):
     """K = 0 of two epochs and K = 1, of the data's classes; and as weights without a training."""
     folder = tmp_path_factory.mktemp("checkpoints")
     written = {}
-    for name, heads, epoch in (("k0", (), 1), ("k0-2", (), 2), ("k1", ("atss",), 1)):
+    sampling = {**FASTER_RCNN, "rcnn": {**FASTER_RCNN["rcnn"], "samples": 4}}
+    kinds = (("k0", (), 1), ("k0-2", (), 2), ("k1", ("atss",), 1), ("sampling", (sampling,), 1))
+    for name, heads, epoch in kinds:
         detector = tiny_detector(*heads).model_copy(update={"num_classes": 10})
         state = start(detector, tiny_training(), 1)
         state.data = state.data.model_copy(
@@ -343,6 +345,21 @@ def test_weights_tell_what_their_checkpoint_tells(analyze, tmp_path):
     assert first["numbers"] == second["numbers"]
     assert second["label"] == "K=1 atss, k1.safetensors"
     assert "epoch" not in second["facts"]
+
+
+def test_the_command_draws_what_the_training_draws(analyze, checkpoints, plan, tmp_path):
+    """Of the positives that an R-CNN samples, the same as at the end of the run."""
+    code, _, err = analyze("queries", "sampling")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "1" / "queries.json").read_text())
+    data, numbers = load_checkpoint(checkpoints["sampling"]).data, []
+    for seed in (found["facts"]["seed"], 0):
+        trial = plan.trials[0].model_copy(update={"data": data, "seed": seed})
+        look = Look("queries", trial, str(checkpoints["sampling"]))
+        numbers.append(measure_trial(look, cpus=torch.get_num_threads()).numbers)
+    own, other = numbers
+    assert found["numbers"] == pytest.approx(own)
+    assert found["numbers"] != pytest.approx(other)
 
 
 def test_weights_by_url(command, checkpoints, coco_folder, tmp_path):

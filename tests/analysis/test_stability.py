@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import tiny_batch, tiny_detector
 
+from codetr.analysis.stability import MatchRecorder, instability
 from codetr.detector import CoDETR
 from codetr.inference import detect
 from codetr.matching.hungarian import hungarian
-from codetr.matching.stability import MatchRecorder, instability
 
 
 def test_constructed_history() -> None:
