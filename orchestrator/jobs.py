@@ -12,6 +12,7 @@ from codetr.config import ConfigError
 from orchestrator.board import Board, Epoch, History, Progress
 from orchestrator.cluster import bundle
 from orchestrator.console import View
+from orchestrator.files import is_left
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
@@ -57,7 +58,7 @@ class Foreman(Board):
         anything."""
         self._listening.add(trial)
         planned = next(t for t in self.plan.trials if t.id == trial)
-        if self.leaving or (self.plan.store / planned.name / STOP).exists():
+        if self.leaving or is_left(self.plan.store / planned.name / STOP):
             return STOPPED
         grows = self.room.can_grow(trial, planned.training.batch_size)
         return RESIZED if grows else ""

@@ -20,10 +20,10 @@ from orchestrator.analyses import Analyses
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
-from orchestrator.files import as_far_as_possible, not_writable
+from orchestrator.files import as_far_as_possible, is_left, not_writable
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, failure_text, let_save, result_on_disk, start_foreman
-from orchestrator.lease import Lease, Leases
+from orchestrator.lease import LAPSE_SECONDS, Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
 from orchestrator.recorder import Recorder
 from orchestrator.records import (
@@ -97,7 +97,8 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
     with Interrupts() as interrupts:
         prepare_data(plan, view)
         prepare_storage(plan, view)
-        with only_one(plan.folder), Leases(plan.output, plan.name) as leases:
+        leases = Leases(plan.output, plan.name, on_loss=interrupts.ask)
+        with only_one(plan.folder), leases:
             return _Run(plan, view, loop, interrupts, leases).outcome()
 
 
@@ -170,6 +171,15 @@ def only_one(folder: Path) -> Iterator[None]:
                     empty.rmdir()
 
 
+def tell_lost(lost: dict[str, Lease], view: View) -> None:
+    """Say why nobody's signal has ended the run."""
+    for trial, lease in lost.items():
+        view.say(
+            f"{trial}: '{lease.name}' trains it now ({lease.owner}), for {LAPSE_SECONDS:.0f} s had "
+            "passed without a sign of life from here: to go on would train it twice"
+        )
+
+
 def known_result(plan: Plan, trial: Trial) -> TrialResult:
     """What became of a trial until now, with the reason if it failed."""
     result = result_on_disk(plan, trial)
@@ -230,6 +240,7 @@ class _Run:
                 self._analyses.look(self._tell, self.slots)
             except Interrupted as asked:
                 interrupted = asked.exit_code
+                tell_lost(self.leases.lost, self.view)
             with self.interrupts.shield():
                 return self._finish(interrupted)
         except BaseException as error:
@@ -308,7 +319,7 @@ class _Run:
                     trial = waiting.popleft()
                     if self._begin(trial, elsewhere):
                         running[foreman.train.remote(trial)] = trial
-                if (self.plan.folder / STOP).exists():  # asked on another machine
+                if is_left(self.plan.folder / STOP):  # asked on another machine
                     signal.raise_signal(signal.SIGTERM)
                 ended = self._wait(running)
                 self._look(foreman)

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from orchestrator.files import write_whole
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
-from orchestrator.lease import Leases
+from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population import Turn
 from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
-from orchestrator.worker import STOPPED
+from orchestrator.worker import STOP, STOPPED
 
 LEDGER = "suggestions.json"
 """In the sweep's folder: every suggestion that was made, and what came of it."""
@@ -150,7 +150,9 @@ class Searcher(Foreman):
         os.environ.update(_ENVIRONMENT)
         self.sweep, self.slots = sweep, slots
         self.ledger = Ledger(sweep.folder)
-        self.leases = Leases(sweep.plan.output, sweep.plan.name)
+        # Not a signal: it would end this actor, and the trials that nobody has taken with it.
+        stop = (sweep.folder / STOP).touch
+        self.leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=stop)
         self.news: list[Entry] = []
         self._beginning = threading.Lock()
 
@@ -183,6 +185,10 @@ class Searcher(Foreman):
     def acquire(self, trial: str) -> bool:
         """Take the trial's lease; False while another invocation trains it."""
         return self.leases.acquire(trial) is None
+
+    def lost(self) -> dict[str, Lease]:
+        """Who trains now what was trained here."""
+        return self.leases.lost
 
     def first(self, trial: str) -> Entry:
         """The suggestion that trains the trial: its arm, and so its folder, bear its name."""

@@ -15,7 +15,7 @@ from codetr.config import ConfigError
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View
-from orchestrator.files import as_far_as_possible
+from orchestrator.files import as_far_as_possible, is_left
 from orchestrator.interrupt import Interrupted, Interrupts
 from orchestrator.jobs import Loop, let_save
 from orchestrator.lease import Leases
@@ -24,7 +24,7 @@ from orchestrator.population_search import PopulationSearcher
 from orchestrator.recorder import Recorder
 from orchestrator.records import keep_history, note, sign_in
 from orchestrator.report import write_trial_files
-from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage
+from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage, tell_lost
 from orchestrator.search import (
     Entry,
     Searcher,
@@ -75,7 +75,8 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
     with Interrupts() as interrupts:
         prepare_data(sweep.plan, view)
         prepare_storage(sweep.plan, view)
-        with only_one(sweep.folder), Leases(sweep.plan.output, sweep.plan.name) as leases:
+        leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=interrupts.ask)
+        with only_one(sweep.folder), leases:
             require_same_sweep(sweep)
             sign_in(sweep.plan, leases, sweep.search.model_dump(mode="json"))
             return _SweepRun(sweep, view, loop, interrupts).outcome()
@@ -170,13 +171,14 @@ class _SweepRun:
             while not over:
                 with self.interrupts.shield():
                     over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
-                    if (self.sweep.folder / STOP).exists():  # asked on another machine
+                    if is_left(self.sweep.folder / STOP):  # asked on another machine
                         signal.raise_signal(signal.SIGTERM)
                     self._look(searcher)
         except Interrupted:
             with self.interrupts.shield():
                 let_save(searcher, self.sweep.plan.options.grace, self.view)
                 self._look(searcher)
+                tell_lost(ray.get(searcher.lost.remote()), self.view)
             raise
         ray.get(search)  # raises what Tune itself has raised
         # Tune's last words on its trials are on their way to the searcher when it returns.
