@@ -177,13 +177,14 @@ class _Training:
         from codetr.checkpoint import load_checkpoint, without_download
         from codetr.distributed import from_rank_zero
         from codetr.training import TrainingState
+        from orchestrator.storage import patiently
 
         trial, reported = self.trial, ray.train.get_checkpoint()
         # Chosen by one rank, so that all agree also where a disk fails some of them.
         chosen, problem = from_rank_zero(
             lambda: newest_sound(storage, trial.name, reported and reported.path)
         )
-        saved = chosen and storage.fetch(chosen, into=Path.cwd())
+        saved = chosen and patiently(partial(storage.fetch, chosen, into=Path.cwd()))
         self.notes += [problem] if problem else []
         checkpoint = load_checkpoint(saved) if saved else None
         detector, training = trial.settings_in(checkpoint.last_begun if checkpoint else 1)
@@ -441,26 +442,24 @@ def newest_sound(
     Returns:
         Its place in the storage, None where there is none; and what was lost, in a sentence, or
         None.
-    """
-    from codetr.checkpoint import CheckpointError, load_checkpoint
-    from orchestrator.storage import place_of
 
-    places = sorted(storage.checkpoints(trial), key=place_of, reverse=True)
+    Raises:
+        Exception: the storage cannot be reached, or the checkpoint is of another version: to start
+            afresh would throw away what may be sound.
+    """
+    from orchestrator.storage import patiently, place_of
+
+    places = patiently(partial(storage.checkpoints, trial))
+    places = sorted(places, key=place_of, reverse=True)
     if reported is not None:
         places = [reported, *(p for p in places if place_of(p) < place_of(reported))]
     found, problems = None, []
     for place in places:
-        try:
-            folder = storage.fetch(place, into=Path.cwd())
-            load_checkpoint(folder)
-            read_history(folder)
-            read_notes(folder)
-            read_matches(folder)
-        except (CheckpointError, OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        found = place
-        break
+        problem = patiently(partial(damage, storage, place, Path.cwd()))
+        if problem is None:
+            found = place
+            break
+        problems.append(problem)
     if not problems:
         return found, None
     (epoch, step), (lost_epoch, lost_step) = place_of(found), place_of(places[0])
@@ -468,6 +467,35 @@ def newest_sound(
         f"{'; '.join(problems)}. Went on after epoch {epoch}, step {step} instead of epoch "
         f"{lost_epoch}, step {lost_step}: the work between them was lost and done again"
     )
+
+
+def damage(storage: Storage, place: str, into: Path) -> str | None:
+    """What a checkpoint lacks of what was written, in a sentence; None if it is sound.
+
+    Args:
+        into: folder for a copy of what is stored elsewhere.
+
+    Raises:
+        Exception: it cannot be reached, or is of another version.
+    """
+    from codetr.checkpoint import CheckpointError, DamagedCheckpointError, load_checkpoint
+
+    try:
+        folder = storage.fetch(place, into=into)
+        load_checkpoint(folder)
+    except (DamagedCheckpointError, FileNotFoundError) as error:
+        return str(error)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None  # not final, as what is wrong with a checkpoint is
+        raise
+    try:
+        read_history(folder)
+        read_notes(folder)
+        read_matches(folder)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{folder}: {error}"
+    return None
 
 
 def read_history(folder: Path) -> History:
