@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from codetr.config import ConfigError
@@ -16,7 +17,7 @@ from orchestrator.files import is_left
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
-from orchestrator.worker import RESIZED, STOP, STOPPED, read_history
+from orchestrator.worker import RESIZED, STOP, STOPPED, damage, read_history
 
 if TYPE_CHECKING:
     from orchestrator.storage import Storage
@@ -308,11 +309,16 @@ def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
 
 def _without_ledger(plan: Plan, trial: Trial, storage: Storage) -> TrialResult:
     """As the newest of the trial's checkpoints tells, where Ray's ledger of them is lost or was not
-    yet written."""
+    yet written. What it says is finished, nobody will look at again: that one must be sound."""
     for place in reversed(storage.checkpoints(trial.name)):
-        with suppress(OSError, ValueError):  # its writer was killed, or it is damaged
+        try:
             history = read_history(storage.notes(place, plan.store / trial.name))
-            return _result(plan, trial, storage, history, place)
+        except (FileNotFoundError, ValueError):  # its writer was killed, or it is damaged
+            continue
+        result = _result(plan, trial, storage, history, place)
+        with TemporaryDirectory() as folder:
+            if result.state != "finished" or damage(storage, place, Path(folder)) is None:
+                return result
     return TrialResult(trial, "interrupted", [])
 
 

@@ -3,17 +3,19 @@
 import dataclasses
 import errno
 import json
+import shutil
 import zipfile
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from trial_samples import sample_epoch
+from trial_samples import sample_epoch, sample_plan
 
 from codetr.checkpoint import FILE_NAME, CheckpointError, save_checkpoint
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import Classes
 from codetr.detector import CoDETR
 from codetr.training import TrainingState
+from orchestrator.jobs import result_on_disk
 from orchestrator.storage import LEDGER, Storage, checkpoint_name
 from orchestrator.worker import HISTORY, NOTES, newest_sound
 
@@ -199,6 +201,18 @@ def test_what_ray_knows_is_not_forgotten_while_the_storage_is_away(trial, call):
     storage.make_ready("trial")
     assert not (trial / LEDGER).exists()
     assert len(storage.checkpoints("trial")) == 3
+
+
+@pytest.mark.parametrize("lose", [lose_the_file, truncate, change_a_byte])
+def test_without_a_ledger_only_a_sound_checkpoint_is_a_trials_end(trial, tmp_path, lose):
+    """Four epochs were wanted, and the last checkpoint's history has five."""
+    plan = sample_plan(tmp_path / "runs")
+    shutil.copytree(trial, plan.store / plan.trials[0].name)
+    result = result_on_disk(plan, plan.trials[0])
+    assert (result.state, len(result.history)) == ("finished", 5)
+    lose(last(plan.store / plan.trials[0].name))
+    result = result_on_disk(plan, plan.trials[0])
+    assert (result.state, len(result.history)) == ("interrupted", 3)
 
 
 def test_none_if_all_are_damaged(trial):
