@@ -185,14 +185,26 @@ class Storage:
         wanted = [c for c in self.checkpoints(donor) if place_of(c) == place]
         if not wanted:
             return False
-        target = f"{self.root}/{heir}/{_name(wanted[-1])}"
+        self._copy_checkpoint(wanted[-1], heir)
+        return True
+
+    def copy_trial(self, source: Storage, trial: str, to: str) -> None:
+        """Copy all of a trial's checkpoints from another place of the same file system; the ledger
+        comes last, so that it names nothing that is not there."""
+        for checkpoint in source.checkpoints(trial):
+            self._copy_checkpoint(checkpoint, to)
+        ledger = f"{source.root}/{trial}/{LEDGER}"
+        if self._is_there(ledger):
+            self.filesystem.cp_file(ledger, f"{self.root}/{to}/{LEDGER}")
+
+    def _copy_checkpoint(self, checkpoint: str, trial: str) -> None:
+        target = f"{self.root}/{trial}/{_name(checkpoint)}"
         self.filesystem.makedirs(target, exist_ok=True)
-        for file in self.filesystem.ls(wanted[-1], detail=False):
+        for file in self.filesystem.ls(checkpoint, detail=False):
             copy = f"{target}/{_name(file)}"
             # Half a copy, of a process that was killed, is made again.
             if not self._is_as_long(copy, self.filesystem.size(file)):
                 self.filesystem.cp_file(file, copy)
-        return True
 
     def forget(self, trial: str, place: tuple[int, int]) -> None:
         """Remove the checkpoint that was handed over to the trial, once it has others of its own.
