@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -292,7 +293,18 @@ def _cause(error: Any) -> Any:
 
 
 def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
-    """What a trial has left in its storage: its history and checkpoints, finished or not."""
+    """What a trial has left in its storage: its history and checkpoints, finished or not. Where it
+    cannot be reached that is this trial's failure, and not the others'."""
+    from orchestrator.storage import patiently
+
+    try:
+        return patiently(partial(_result_on_disk, plan, trial))
+    except Exception as error:  # each file system raises its own
+        reason = f"what it has left cannot be read: {failure_text(error)}"
+        return TrialResult(trial, "failed", [], reason)
+
+
+def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
     if not (plan.store / trial.name).is_dir():
         return TrialResult(trial, "not started", [])
     from orchestrator.storage import Storage

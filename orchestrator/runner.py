@@ -39,6 +39,7 @@ from orchestrator.records import (
 from orchestrator.report import write_tables, write_trial_files
 from orchestrator.results import State, TrialResult
 from orchestrator.tracking import Status
+from orchestrator.wording import one_line
 from orchestrator.worker import STOP, STOPPED, train
 
 _POLL_SECONDS = 0.25
@@ -374,7 +375,7 @@ class _Run:
         result = result_on_disk(self.plan, trial)
         stopped = reason == STOPPED
         if not stopped and (reason is not None or result.state != "finished"):
-            reason = reason or f"ended after {len(result.history)} epochs"
+            reason = reason or result.reason or f"ended after {len(result.history)} epochs"
             result = replace(result, state="failed", reason=reason)
         self._end(result)
 
@@ -388,10 +389,10 @@ class _Run:
             if self._is_done_meanwhile(trial):
                 return False
             self._write_beginning(trial)
-        except OSError as error:  # a full disk: this trial's failure, not the others'
+        except Exception as error:  # a full disk or a storage's own: this trial's, not the others'
             self._tell.adopt(trial)
             result = known_result(self.plan, trial)
-            self._end(replace(result, state="failed", reason=f"cannot begin: {error}"))
+            self._end(replace(result, state="failed", reason=f"cannot begin: {one_line(error)}"))
             return False
         return True
 
@@ -454,6 +455,6 @@ class _Run:
         """A signal came before the trial's end."""
         result = known_result(self.plan, trial)
         if trial.id in self.begun:
-            self._end(replace(result, reason=None))
+            self._end(result)
         else:
             self.results[trial.id] = result

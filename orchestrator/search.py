@@ -368,17 +368,17 @@ def train_leased(
         callbacks: Ray Train's.
         until: the epoch after which to end; default the trial's last.
     """
-    _wait_for_lease(sweep, trial, searcher)
     until = until or trial.training.epochs
-    if len(result_on_disk(sweep.plan, trial).history) >= until:
-        return None
     try:
+        _wait_for_lease(sweep, trial, searcher)
+        if len(result_on_disk(sweep.plan, trial).history) >= until:
+            return None
         reason = fit(sweep.plan, trial, searcher, loop, callbacks=callbacks, until=until)
-    except Exception as error:  # Ray's own: one trial's failure, not the sweep's
+    except Exception as error:  # Ray's or the storage's: one trial's failure, not the sweep's
         return failure_text(error)
     result = result_on_disk(sweep.plan, trial)
     if reason is None and len(result.history) < until:
-        return f"ended after {len(result.history)} epochs"
+        return result.reason or f"ended after {len(result.history)} epochs"
     return reason
 
 
@@ -424,10 +424,10 @@ def _report_last(sweep: Sweep, trial: Trial) -> None:
     from ray import tune
 
     metric = sweep.search.metric
-    evaluated = result_on_disk(sweep.plan, trial).evaluated
-    if not evaluated or f"val/{metric}" not in evaluated[-1].values:
-        raise RuntimeError(f"{metric} was not measured")
-    last = evaluated[-1]
+    result = result_on_disk(sweep.plan, trial)
+    if result.metric(metric) is None:
+        raise RuntimeError(result.reason or f"{metric} was not measured")
+    last = result.evaluated[-1]
     tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
 
 

@@ -283,9 +283,10 @@ def test_half_of_what_is_taken_over_is_nothing(plan, monkeypatch):
         (target / "config.yaml").touch()
         raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr("shutil.copytree", copy_half)
-        take_over(plan, trial, source)
+        with pytest.raises(OSError, match="No space left"):
+            take_over(plan, trial, source)
     assert not [*plan.folder.rglob("config.yaml")]
     assert known_result(plan, trial).state == "not started"
     take_over(plan, trial, source)

@@ -49,6 +49,23 @@ def handed_over(searcher, member):
     return (folder / FILE_NAME).read_text()
 
 
+def test_what_cannot_be_read_exchanges_nobody(sweep, monkeypatch):
+    """Or the population would be another one than without the fault."""
+    searcher = searching(sweep)
+    members = searcher.enter()
+    monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", ())
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.storage.Storage.checkpoints", timeout)
+        with pytest.raises(RuntimeError, match="TimeoutError: away"):
+            searcher._exchange(members, EPOCH)
+    assert read_population(sweep.folder) is None
+    assert searcher._exchange(members, EPOCH)[1:] == members[1:]
+
+
+def timeout(*_):
+    raise TimeoutError("away")
+
+
 def test_the_worst_is_replaced_and_all_of_it_written_down(sweep):
     searcher = searching(sweep)
     members = searcher.enter()
