@@ -18,7 +18,7 @@ from orchestrator.files import is_left
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
-from orchestrator.worker import RESIZED, STOP, STOPPED, damage, read_history
+from orchestrator.worker import RESIZED, STOP, STOPPED, WORTH, damage, read_history
 
 if TYPE_CHECKING:
     from orchestrator.storage import Storage
@@ -31,8 +31,9 @@ ATTEMPTS = 3
 
 _ROOM_POLL_SECONDS, _SAVE_POLL_SECONDS = 1.0, 0.25
 
-KEPT_CHECKPOINTS = 2
-"""The best ones; the last is always kept beside them."""
+KEPT_CHECKPOINTS = 3
+"""The best one, the last, and the one before it, which is used where the last is damaged: see
+:func:`orchestrator.worker.worth`."""
 
 
 class Foreman(Board):
@@ -267,7 +268,7 @@ def _trainer(
             storage_path=storage.root,
             storage_filesystem=storage.for_ray,
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute="AP"
+                num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute=WORTH
             ),
             # None of them is Ray's to mend: see fit.
             failure_config=ray.train.FailureConfig(
@@ -315,7 +316,8 @@ def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
         return _without_ledger(plan, trial, storage)
     history = [Epoch.read(row) for row in (stored.metrics or {}).get("history", [])]
     scored = [(m["AP"], c) for c, m in stored.best_checkpoints or [] if m.get("AP") is not None]
-    best = max(scored, key=lambda pair: pair[0])[1] if scored else stored.checkpoint
+    # Of equal ones the last, which was kept for it.
+    best = max(reversed(scored), key=lambda pair: pair[0])[1] if scored else stored.checkpoint
     return _result(plan, trial, storage, history, best and best.path)
 
 

@@ -35,6 +35,9 @@ STOP, STOPPED, RESIZED = "stop", "stopped as asked", "resized"
 """File in a trial's folder that asks it to stop; what a trial returns that has stopped, or that
 shall go on with another number of workers."""
 
+WORTH = "worth"
+"""The metric by which Ray Train ranks a trial's checkpoints."""
+
 _SAVE = "save"
 _WISHES = ("", _SAVE, RESIZED, STOPPED)
 """What may be asked of a trial, the strongest last."""
@@ -352,9 +355,11 @@ class _Training:
         state = self.state
         metrics: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
         metrics["within_epoch"] = state.taken > 0
+        done = state.step / (1 + self.trial.training.epochs * self.trial.steps_per_epoch)
+        metrics[WORTH] = worth(self.history, done, within_epoch=state.taken > 0)
         metrics["history"] = [asdict(epoch) for epoch in self.history]
         if evaluation is not None and "val/AP" in self.history[-1].values:
-            metrics["AP"] = state.metrics["AP"]  # ranks the checkpoints
+            metrics["AP"] = state.metrics["AP"]
         if self.rank != 0:
             ray.train.report(metrics)
             return
@@ -381,6 +386,27 @@ class _Training:
             results = to_coco_results(evaluation.detections, self.val_set.classes)
             (folder / PREDICTIONS).write_text(json.dumps(results))
             (folder / PER_CLASS).write_text(json.dumps(evaluation.metrics.per_class))
+
+
+def worth(history: History, done: float, *, within_epoch: bool) -> float:
+    """How much a checkpoint is worth to be kept, of which Ray Train keeps the three of the greatest
+    worth. Ray asks once, so what it is worth later must follow from what comes later.
+
+    The n-th best AP of a trial is worth n. What comes after it is worth less, and the more the
+    later, but more than the best AP before it: so the three are the best one, the last, and the one
+    before it; where two of these are the same, one more.
+
+    Args:
+        done: share of the trial's steps, below 1.
+        within_epoch: it was saved after the last epoch of the history, and not at its end.
+    """
+    best, bests, is_best = -math.inf, 0, False
+    for epoch in history:
+        ap = epoch.values.get("val/AP")
+        is_best = ap is not None and ap >= best
+        if ap is not None and is_best:
+            best, bests = ap, bests + 1
+    return float(bests) if is_best and not within_epoch else bests - 1 + done
 
 
 def _log_line(epoch: Epoch, epochs: int) -> str:
