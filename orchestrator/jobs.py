@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,15 +98,44 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
+class ForemanLost(Exception):  # noqa: N818 - of the run's making, like Interrupted
+    """What drives the trials has ended before they have; the text says why, and what to do."""
+
+
+@contextmanager
+def foreman_needed() -> Iterator[None]:
+    """Asking the foreman, of whom there is one: without it nothing is driven on.
+
+    Raises:
+        ForemanLost: it has died, or what it drives as a whole has failed.
+    """
+    import ray
+
+    go_on = "every trial stops where it was saved last; the same command goes on there"
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        raise ForemanLost(f"the process that drives the trials has died: {go_on}") from error
+    except ray.exceptions.RayTaskError as error:
+        raise ForemanLost(f"what drives the trials: {failure_text(error)}: {go_on}") from error
+
+
 def let_save(foreman: Any, grace: float, view: View) -> None:
     """Have the trials that are at their training save where they are, and wait until they have, for
-    at most ``grace`` seconds."""
+    at most ``grace`` seconds.
+
+    Raises:
+        ForemanLost: there is nobody who could have them save.
+    """
     import ray
 
     deadline = time.monotonic() + grace
-    while grace and ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0:
-        view.stage("saving", f"{left:.0f} s at most")
-        time.sleep(_SAVE_POLL_SECONDS)
+    with foreman_needed():
+        while (
+            grace and ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0
+        ):
+            view.stage("saving", f"{left:.0f} s at most")
+            time.sleep(_SAVE_POLL_SECONDS)
 
 
 def fit(

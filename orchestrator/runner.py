@@ -22,7 +22,15 @@ from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
 from orchestrator.files import as_far_as_possible, is_left, not_writable
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop, failure_text, let_save, result_on_disk, start_foreman
+from orchestrator.jobs import (
+    ForemanLost,
+    Loop,
+    failure_text,
+    foreman_needed,
+    let_save,
+    result_on_disk,
+    start_foreman,
+)
 from orchestrator.lease import LAPSE_SECONDS, Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
 from orchestrator.recorder import Recorder
@@ -62,7 +70,7 @@ class Outcome:
         results: one for each trial of the plan, in its order.
         files: tables and pictures.
         interrupted: the exit code for the signal that ended it.
-        logs: Ray's, where a trial has failed.
+        logs: Ray's, where a trial has failed, or the foreman.
     """
 
     results: list[TrialResult]
@@ -226,6 +234,7 @@ class _Run:
         self.results: dict[str, TrialResult] = {}
         self.begun: set[str] = set()
         self.slots = 0
+        self._is_cut_off = False
         self._analyses = Analyses(plan, view, interrupts, self.results)
 
     def outcome(self) -> Outcome:
@@ -239,6 +248,9 @@ class _Run:
                 self._take_over(done)
                 self._train(waiting)
                 self._analyses.look(self._tell, self.slots)
+            except ForemanLost as lost:
+                self.view.say(str(lost))
+                self._is_cut_off = True
             except Interrupted as asked:
                 interrupted = asked.exit_code
                 tell_lost(self.leases.lost, self.view)
@@ -304,7 +316,7 @@ class _Run:
         try:
             self._work_off(waiting, running, foreman, slots)
         except Interrupted:
-            with self.interrupts.shield():
+            with self.interrupts.shield(), suppress(ForemanLost):
                 let_save(foreman, self.plan.options.grace, self.view)
                 self._look(foreman)
             raise
@@ -356,7 +368,8 @@ class _Run:
         """Fetch and show what the trials have said."""
         import ray
 
-        progress, reports = ray.get(foreman.fetch.remote())
+        with foreman_needed():
+            progress, reports = ray.get(foreman.fetch.remote())
         by_id = {trial.id: trial for trial in self.plan.trials}
         for identity, latest in progress.items():
             self.view.progress(by_id[identity], latest)
@@ -431,7 +444,7 @@ class _Run:
         plan = self.plan
         if self.cluster.started:
             self.view.stage("ending Ray")
-        failed = any(result.state == "failed" for result in self.results.values())
+        failed = self._is_cut_off or any(r.state == "failed" for r in self.results.values())
         self.cluster.stop(keep_logs=failed)
         for trial in plan.trials:
             if trial.id not in self.results:
@@ -452,7 +465,7 @@ class _Run:
         return outcome
 
     def _abandon(self, trial: Trial) -> None:
-        """A signal came before the trial's end."""
+        """A signal came before the trial's end, or its foreman's end."""
         result = known_result(self.plan, trial)
         if trial.id in self.begun:
             self._end(result)

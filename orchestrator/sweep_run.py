@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator.cluster import Cluster
 from orchestrator.console import View
 from orchestrator.files import as_far_as_possible, is_left
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop, let_save
+from orchestrator.jobs import ForemanLost, Loop, foreman_needed, let_save
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
 from orchestrator.population_search import PopulationSearcher
@@ -92,6 +93,7 @@ class _SweepRun:
         self.trials: dict[str, Trial] = {}
         self.ended: set[str] = set()
         self.slots = 0
+        self._is_cut_off = False
 
     def outcome(self) -> Outcome:
         interrupted = None
@@ -103,6 +105,9 @@ class _SweepRun:
                 self._take_over(done)
                 if self.cluster.started:
                     self._search()
+            except ForemanLost as lost:
+                self.view.say(str(lost))
+                self._is_cut_off = True
             except Interrupted as asked:
                 interrupted = asked.exit_code
             with self.interrupts.shield():
@@ -175,12 +180,14 @@ class _SweepRun:
                         signal.raise_signal(signal.SIGTERM)
                     self._look(searcher)
         except Interrupted:
-            with self.interrupts.shield():
+            with self.interrupts.shield(), suppress(ForemanLost):
                 let_save(searcher, self.sweep.plan.options.grace, self.view)
                 self._look(searcher)
-                tell_lost(ray.get(searcher.lost.remote()), self.view)
+                with foreman_needed():
+                    tell_lost(ray.get(searcher.lost.remote()), self.view)
             raise
-        ray.get(search)  # raises what Tune itself has raised
+        with foreman_needed():
+            ray.get(search)  # raises what Tune itself has raised
         # Tune's last words on its trials are on their way to the searcher when it returns.
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while self._open_entries() and time.monotonic() < deadline:
@@ -197,11 +204,12 @@ class _SweepRun:
         """Fetch, show and record what the trials have said."""
         import ray
 
-        entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
+        with foreman_needed():
+            entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
+            progress, reports = ray.get(searcher.fetch.remote())
         for entry in entries:
             if entry.state == "open":
                 self._begin(entry)
-        progress, reports = ray.get(searcher.fetch.remote())
         for identity, latest in progress.items():
             if identity not in self.ended:
                 self.view.progress(self.trials[identity], latest)
@@ -243,7 +251,7 @@ class _SweepRun:
         if self.cluster.started:
             self.view.stage("ending Ray")
         entries = read_ledger(self.sweep.folder)
-        failed = any(entry.state == "failed" for entry in entries)
+        failed = self._is_cut_off or any(entry.state == "failed" for entry in entries)
         self.cluster.stop(keep_logs=failed)
         for entry in entries:
             # Cut off, or ended after the last look at the searcher.
