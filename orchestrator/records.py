@@ -92,10 +92,13 @@ def note(plan: Plan, trial: Trial, state: RunningState, reason: str | None = Non
     owner = Owner.this()
     where = str(owner) if plan.address is None else f"{owner}, cluster {plan.address}"
     state_text = {"state": state, "since": time.time(), "where": where, "reason": reason}
-    return [
-        write_whole(folder / CONFIG, yaml.safe_dump(configuration(trial), sort_keys=False)),
-        write_whole(folder / STATE, json.dumps(state_text)),
-    ]
+    return [write_configuration(folder, trial), write_whole(folder / STATE, json.dumps(state_text))]
+
+
+def write_configuration(folder: Path, trial: Trial) -> Path:
+    """Write what the trial is into its folder."""
+    text = yaml.safe_dump(configuration(trial), sort_keys=False)
+    return write_whole(folder / CONFIG, text)
 
 
 def keep_history(plan: Plan, trial: Trial, history: History) -> list[Path]:
