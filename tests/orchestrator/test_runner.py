@@ -1,13 +1,14 @@
 from types import SimpleNamespace
 
 import pytest
+import ray
 from trial_samples import sample_plan
 
 from codetr.config import ConfigError
 from codetr.data import DataError
 from orchestrator.cluster import _require_answer
 from orchestrator.interrupt import Interrupts
-from orchestrator.jobs import failure_text, result_on_disk
+from orchestrator.jobs import ForemanLost, failure_text, foreman_needed, result_on_disk
 from orchestrator.lease import Leases
 from orchestrator.records import note
 from orchestrator.results import TrialResult
@@ -171,6 +172,18 @@ def test_nor_the_sweep(tmp_path, monkeypatch, fails):
     searcher = SimpleNamespace(acquire=Acquire)
     reason = train_leased(SimpleNamespace(plan=plan), trial, searcher, train)
     assert reason.endswith("TimeoutError: the read timed out")
+
+
+def test_the_end_of_the_foreman_is_told_in_one_line():
+    with pytest.raises(ForemanLost, match=r"drives the trials has died: .* the same command goes"):
+        raise_asking(ray.exceptions.RayActorError())
+    with pytest.raises(ForemanLost, match="drives the trials: ValueError: no such metric: "):
+        raise_asking(ray.exceptions.RayTaskError("search", "", ValueError("no such metric")))
+
+
+def raise_asking(error):
+    with foreman_needed():
+        raise error
 
 
 def test_a_failure_is_told_in_one_line():
