@@ -28,6 +28,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, written or used; its text names the file and why."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not there, or not what was written: nobody will ever read it. One on a
+    disk that does not answer, or of another version, is not damaged."""
+
+
 @dataclass(frozen=True)
 class PartialEpoch:
     """An epoch that was left before its end.
@@ -143,7 +148,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, or the one in a folder, to the CPU; never runs code that it holds.
 
     Raises:
-        CheckpointError: there is none, or it is truncated, damaged or not CoDETR's.
+        DamagedCheckpointError: there is none, or it is truncated or changed.
+        CheckpointError: it cannot be reached, or is not CoDETR's.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
@@ -151,12 +157,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         intact = zipfile.ZipFile(path).testzip() is None  # torch itself compares no checksums
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch looks for the end of an archive before a short file
-            raise CheckpointError(_why_unreadable(path)) from error
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+            raise DamagedCheckpointError(_why_unreadable(path)) from error
+        kind = DamagedCheckpointError if isinstance(error, FileNotFoundError) else CheckpointError
+        raise kind(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # pickle, zip and torch each raise their own
-        raise CheckpointError(_why_unreadable(path)) from error
+        raise DamagedCheckpointError(_why_unreadable(path)) from error
     if not intact:
-        raise CheckpointError(f"{path} is damaged: checksums differ; use an earlier checkpoint")
+        raise DamagedCheckpointError(
+            f"{path} is damaged: checksums differ; use an earlier checkpoint"
+        )
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         official = isinstance(content, dict) and "state_dict" in content
         raise CheckpointError(

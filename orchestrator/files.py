@@ -24,6 +24,14 @@ def write_whole(path: Path, text: str) -> Path:
         draft.unlink(missing_ok=True)
 
 
+def is_left(path: Path) -> bool:
+    """Whether someone has left that file; while the file server is away, nobody has yet."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def not_writable(folder: Path, error: OSError) -> ConfigError:
     """What to tell the user of it."""
     return ConfigError(f"--output: cannot write {folder}: {error.strerror}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from codetr.config import ConfigError
 from orchestrator.board import Board, Epoch, History, Progress
 from orchestrator.cluster import bundle
 from orchestrator.console import View
+from orchestrator.files import is_left
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
-from orchestrator.worker import RESIZED, STOP, STOPPED, read_history
+from orchestrator.worker import RESIZED, STOP, STOPPED, WORTH, damage, read_history
 
 if TYPE_CHECKING:
     from orchestrator.storage import Storage
@@ -28,8 +32,9 @@ ATTEMPTS = 3
 
 _ROOM_POLL_SECONDS, _SAVE_POLL_SECONDS = 1.0, 0.25
 
-KEPT_CHECKPOINTS = 2
-"""The best ones; the last is always kept beside them."""
+KEPT_CHECKPOINTS = 3
+"""The best one, the last, and the one before it, which is used where the last is damaged: see
+:func:`orchestrator.worker.worth`."""
 
 
 class Foreman(Board):
@@ -57,7 +62,7 @@ class Foreman(Board):
         anything."""
         self._listening.add(trial)
         planned = next(t for t in self.plan.trials if t.id == trial)
-        if self.leaving or (self.plan.store / planned.name / STOP).exists():
+        if self.leaving or is_left(self.plan.store / planned.name / STOP):
             return STOPPED
         grows = self.room.can_grow(trial, planned.training.batch_size)
         return RESIZED if grows else ""
@@ -93,15 +98,44 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
+class ForemanLost(Exception):  # noqa: N818 - of the run's making, like Interrupted
+    """What drives the trials has ended before they have; the text says why, and what to do."""
+
+
+@contextmanager
+def foreman_needed() -> Iterator[None]:
+    """Asking the foreman, of whom there is one: without it nothing is driven on.
+
+    Raises:
+        ForemanLost: it has died, or what it drives as a whole has failed.
+    """
+    import ray
+
+    go_on = "every trial stops where it was saved last; the same command goes on there"
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        raise ForemanLost(f"the process that drives the trials has died: {go_on}") from error
+    except ray.exceptions.RayTaskError as error:
+        raise ForemanLost(f"what drives the trials: {failure_text(error)}: {go_on}") from error
+
+
 def let_save(foreman: Any, grace: float, view: View) -> None:
     """Have the trials that are at their training save where they are, and wait until they have, for
-    at most ``grace`` seconds."""
+    at most ``grace`` seconds.
+
+    Raises:
+        ForemanLost: there is nobody who could have them save.
+    """
     import ray
 
     deadline = time.monotonic() + grace
-    while grace and ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0:
-        view.stage("saving", f"{left:.0f} s at most")
-        time.sleep(_SAVE_POLL_SECONDS)
+    with foreman_needed():
+        while (
+            grace and ray.get(foreman.leave.remote()) and (left := deadline - time.monotonic()) > 0
+        ):
+            view.stage("saving", f"{left:.0f} s at most")
+            time.sleep(_SAVE_POLL_SECONDS)
 
 
 def fit(
@@ -264,7 +298,7 @@ def _trainer(
             storage_path=storage.root,
             storage_filesystem=storage.for_ray,
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute="AP"
+                num_to_keep=KEPT_CHECKPOINTS, checkpoint_score_attribute=WORTH
             ),
             # None of them is Ray's to mend: see fit.
             failure_config=ray.train.FailureConfig(
@@ -290,7 +324,18 @@ def _cause(error: Any) -> Any:
 
 
 def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
-    """What a trial has left in its storage: its history and checkpoints, finished or not."""
+    """What a trial has left in its storage: its history and checkpoints, finished or not. Where it
+    cannot be reached that is this trial's failure, and not the others'."""
+    from orchestrator.storage import patiently
+
+    try:
+        return patiently(partial(_result_on_disk, plan, trial))
+    except Exception as error:  # each file system raises its own
+        reason = f"what it has left cannot be read: {failure_text(error)}"
+        return TrialResult(trial, "failed", [], reason)
+
+
+def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
     if not (plan.store / trial.name).is_dir():
         return TrialResult(trial, "not started", [])
     from orchestrator.storage import Storage
@@ -301,17 +346,23 @@ def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
         return _without_ledger(plan, trial, storage)
     history = [Epoch.read(row) for row in (stored.metrics or {}).get("history", [])]
     scored = [(m["AP"], c) for c, m in stored.best_checkpoints or [] if m.get("AP") is not None]
-    best = max(scored, key=lambda pair: pair[0])[1] if scored else stored.checkpoint
+    # Of equal ones the last, which was kept for it.
+    best = max(reversed(scored), key=lambda pair: pair[0])[1] if scored else stored.checkpoint
     return _result(plan, trial, storage, history, best and best.path)
 
 
 def _without_ledger(plan: Plan, trial: Trial, storage: Storage) -> TrialResult:
     """As the newest of the trial's checkpoints tells, where Ray's ledger of them is lost or was not
-    yet written."""
+    yet written. What it says is finished, nobody will look at again: that one must be sound."""
     for place in reversed(storage.checkpoints(trial.name)):
-        with suppress(OSError, ValueError):  # its writer was killed, or it is damaged
+        try:
             history = read_history(storage.notes(place, plan.store / trial.name))
-            return _result(plan, trial, storage, history, place)
+        except (FileNotFoundError, ValueError):  # its writer was killed, or it is damaged
+            continue
+        result = _result(plan, trial, storage, history, place)
+        with TemporaryDirectory() as folder:
+            if result.state != "finished" or damage(storage, place, Path(folder)) is None:
+                return result
     return TrialResult(trial, "interrupted", [])
 
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,23 +77,48 @@ class Lease:
 
     @classmethod
     def read(cls, path: Path) -> Lease | None:
-        """The lease in a file; None: there is none, or it is being written just now."""
+        """The lease in a file; None: there is none, or it is being written just now.
+
+        Raises:
+            OSError: the file server is away, which says nothing of who owns it.
+        """
         try:
             values = json.loads(path.read_text())
             return cls(Owner(**values.pop("owner")), **values)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
 
-class Leases:
-    """The leases that this process holds; entered, it keeps them alive."""
+def terminate() -> None:
+    """Have this process end as by ``kill``."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    def __init__(self, output: Path, name: str, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+
+class Leases:
+    """The leases that this process holds; entered, it keeps them alive.
+
+    Attributes:
+        lost: who has taken a trial's lease away, because this process slept for too long.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        name: str,
+        *,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        on_loss: Callable[[], None] = terminate,
+    ) -> None:
+        """
+        Args:
+            on_loss: ends what this process trains, once another has taken a lease of it. Called
+                once, from a thread; where it raises an OSError, once more at the next heartbeat.
+        """
         self.folder, self.name = output / FOLDER, name
         self.owner = Owner.this()
-        self._heartbeat = heartbeat
+        self.lost: dict[str, Lease] = {}
+        self._heartbeat, self._on_loss = heartbeat, on_loss
         self._held: set[str] = set()
-        self._lost: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
 
@@ -107,11 +132,6 @@ class Leases:
         for trial in [*self._held]:
             self.release(trial)
 
-    @property
-    def lost(self) -> frozenset[str]:
-        """Trials whose lease was taken away, because this process slept for too long."""
-        return frozenset(self._lost)
-
     def acquire(self, trial: str) -> Lease | None:
         """Take a trial's lease; returns the one that stands against it, None if it is ours."""
         path = self.folder / trial
@@ -122,15 +142,20 @@ class Leases:
             content = json.dumps(asdict(Lease(self.owner, self.name, time.time())))
             # Exclusive: also where a file system does not honour the lock above.
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            with os.fdopen(file, "w") as stream:
-                stream.write(content)
+            try:
+                with os.fdopen(file, "w") as stream:
+                    stream.write(content)
+            except BaseException:  # half of it, on a full disk, would be nobody's to give back
+                path.unlink(missing_ok=True)
+                raise
         self._held.add(trial)
         return None
 
     def release(self, trial: str) -> None:
         """Give a lease back, unless another has taken it meanwhile."""
         self._held.discard(trial)
-        with self._alone():
+        # Where the file server is away it lapses by itself: no reason to lose a trial's result.
+        with suppress(OSError), self._alone():
             if self._is_ours(trial):
                 (self.folder / trial).unlink(missing_ok=True)
 
@@ -155,18 +180,21 @@ class Leases:
     def _keep_alive(self) -> None:
         while not self._ended.wait(self._heartbeat):
             for trial in [*self._held]:
-                if not self._is_ours(trial):
-                    self._lose(trial)
-                    continue
                 with suppress(OSError):  # the file server is away: the next beat may reach it
-                    os.utime(self.folder / trial)
+                    self._beat(trial)
 
-    def _lose(self, trial: str) -> None:
-        """Another trains it now: to go on would be to train it twice."""
-        if (self.folder / trial).exists() and trial in self._held:
-            self._held.discard(trial)
-            self._lost.add(trial)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _beat(self, trial: str) -> None:
+        """Touch the lease, unless another has taken it: to go on would be to train it twice."""
+        lease = Lease.read(self.folder / trial)
+        if lease is None or trial not in self._held:  # being written, or given back meanwhile
+            return
+        if lease.owner == self.owner:
+            os.utime(self.folder / trial)
+            return
+        if not self.lost:
+            self._on_loss()
+        self.lost[trial] = lease
+        self._held.discard(trial)
 
 
 def has_lapsed(path: Path) -> bool:

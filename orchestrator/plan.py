@@ -45,7 +45,8 @@ from orchestrator.settings import parse_settings
 from orchestrator.starting import with_start
 
 IDENTITY_VERSION = 1
-"""Part of every trial's identity; to be raised when the same configuration trains differently."""
+"""Part of every trial's identity; to be raised when the same configuration trains differently, as
+``tests/orchestrator/test_identity_version.py`` tells."""
 
 _WITHOUT_EFFECT = {
     "training": {"loader_workers", "accumulate", "evaluate_branches", "start_from"},

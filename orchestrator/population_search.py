@@ -81,8 +81,11 @@ class PopulationSearcher(Searcher):
         if reason == STOPPED and self.leaving:
             return
         self.leases.release(trial.id)
-        if reason is None and self._score(trial, until) is None:
-            reason = f"{self.sweep.search.metric} was not measured"
+        try:
+            if reason is None and self._score(trial, until) is None:
+                reason = f"{self.sweep.search.metric} was not measured"
+        except RuntimeError as error:
+            reason = str(error)
         if reason is not None:
             self._end(entry, "failed", reason)
         elif until == self.sweep.epochs:
@@ -145,9 +148,15 @@ class PopulationSearcher(Searcher):
             self._end(before, "stopped", reason)
 
     def _score(self, trial: Trial, epoch: int) -> float | None:
-        """What the trial has reached after that epoch."""
-        history = result_on_disk(self.sweep.plan, trial).history
-        return history[epoch - 1].values.get(f"val/{self.sweep.search.metric}")
+        """What the trial has reached after that epoch; None: it was not measured.
+
+        Raises:
+            RuntimeError: that cannot be read, which is no reason to exchange other members.
+        """
+        result = result_on_disk(self.sweep.plan, trial)
+        if len(result.history) < epoch:
+            raise RuntimeError(result.reason or f"ended after {len(result.history)} epochs")
+        return result.history[epoch - 1].values.get(f"val/{self.sweep.search.metric}")
 
     def _hand_over(self, donor: Trial, heir: Trial, epoch: int) -> str:
         """Give the heir what the donor has computed: up to that epoch they are the same training.

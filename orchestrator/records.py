@@ -92,10 +92,13 @@ def note(plan: Plan, trial: Trial, state: RunningState, reason: str | None = Non
     owner = Owner.this()
     where = str(owner) if plan.address is None else f"{owner}, cluster {plan.address}"
     state_text = {"state": state, "since": time.time(), "where": where, "reason": reason}
-    return [
-        write_whole(folder / CONFIG, yaml.safe_dump(configuration(trial), sort_keys=False)),
-        write_whole(folder / STATE, json.dumps(state_text)),
-    ]
+    return [write_configuration(folder, trial), write_whole(folder / STATE, json.dumps(state_text))]
+
+
+def write_configuration(folder: Path, trial: Trial) -> Path:
+    """Write what the trial is into its folder."""
+    text = yaml.safe_dump(configuration(trial), sort_keys=False)
+    return write_whole(folder / CONFIG, text)
 
 
 def keep_history(plan: Plan, trial: Trial, history: History) -> list[Path]:
@@ -206,13 +209,19 @@ def finished_elsewhere(plan: Plan, trial: Trial, since: float) -> Path | None:
 
 
 def take_over(plan: Plan, trial: Trial, source: Path) -> None:
-    """Copy what another experiment has trained in place of what this one may have."""
+    """Copy what another experiment has trained in place of what this one may have; killed
+    meanwhile, or where the disk is full, nothing of it is there, and it is done again."""
     set_aside(plan, trial)
     if plan.storage is not None:
-        there, here = _storage_of(plan, source), _storage(plan)
-        origin = f"{there.root}/{source.name}"
-        here.filesystem.copy(origin, f"{here.root}/{trial.name}", recursive=True)
-    shutil.copytree(source, plan.store / trial.name)
+        _storage(plan).copy_trial(_storage_of(plan, source), source.name, trial.name)
+    draft = plan.folder / f".{trial.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shutil.copytree(source, draft)
+        plan.store.mkdir(exist_ok=True)
+        draft.rename(plan.store / trial.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _storage(plan: Plan) -> Storage:

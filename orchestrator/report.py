@@ -7,10 +7,9 @@ import io
 import json
 from pathlib import Path
 
-import yaml
-
 from orchestrator.files import write_whole
 from orchestrator.plan import Plan
+from orchestrator.records import write_configuration
 from orchestrator.results import (
     ArmSummary,
     TrialResult,
@@ -19,7 +18,6 @@ from orchestrator.results import (
     row,
     summarise,
 )
-from orchestrator.tracking import configuration
 from orchestrator.worker import PER_CLASS
 
 CSV, MARKDOWN = "results.csv", "results.md"
@@ -181,9 +179,7 @@ def write_trial_files(plan: Plan, result: TrialResult) -> list[Path]:
 
     folder = plan.store / result.trial.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(configuration(result.trial), sort_keys=False))
-    files = [config]
+    files = [write_configuration(folder, result.trial)]
     if result.history:
         files.append(draw_curves(result, folder / "curves.png"))
     if result.best is not None and (result.best / PER_CLASS).exists():

@@ -20,10 +20,18 @@ from orchestrator.analyses import Analyses
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
-from orchestrator.files import as_far_as_possible, not_writable
+from orchestrator.files import as_far_as_possible, is_left, not_writable
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop, failure_text, let_save, result_on_disk, start_foreman
-from orchestrator.lease import Lease, Leases
+from orchestrator.jobs import (
+    ForemanLost,
+    Loop,
+    failure_text,
+    foreman_needed,
+    let_save,
+    result_on_disk,
+    start_foreman,
+)
+from orchestrator.lease import LAPSE_SECONDS, Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
 from orchestrator.recorder import Recorder
 from orchestrator.records import (
@@ -39,6 +47,7 @@ from orchestrator.records import (
 from orchestrator.report import write_tables, write_trial_files
 from orchestrator.results import State, TrialResult
 from orchestrator.tracking import Status
+from orchestrator.wording import one_line
 from orchestrator.worker import STOP, STOPPED, train
 
 _POLL_SECONDS = 0.25
@@ -61,7 +70,7 @@ class Outcome:
         results: one for each trial of the plan, in its order.
         files: tables and pictures.
         interrupted: the exit code for the signal that ended it.
-        logs: Ray's, where a trial has failed.
+        logs: Ray's, where a trial has failed, or the foreman.
     """
 
     results: list[TrialResult]
@@ -97,7 +106,8 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
     with Interrupts() as interrupts:
         prepare_data(plan, view)
         prepare_storage(plan, view)
-        with only_one(plan.folder), Leases(plan.output, plan.name) as leases:
+        leases = Leases(plan.output, plan.name, on_loss=interrupts.ask)
+        with only_one(plan.folder), leases:
             return _Run(plan, view, loop, interrupts, leases).outcome()
 
 
@@ -170,6 +180,15 @@ def only_one(folder: Path) -> Iterator[None]:
                     empty.rmdir()
 
 
+def tell_lost(lost: dict[str, Lease], view: View) -> None:
+    """Say why nobody's signal has ended the run."""
+    for trial, lease in lost.items():
+        view.say(
+            f"{trial}: '{lease.name}' trains it now ({lease.owner}), for {LAPSE_SECONDS:.0f} s had "
+            "passed without a sign of life from here: to go on would train it twice"
+        )
+
+
 def known_result(plan: Plan, trial: Trial) -> TrialResult:
     """What became of a trial until now, with the reason if it failed."""
     result = result_on_disk(plan, trial)
@@ -215,6 +234,7 @@ class _Run:
         self.results: dict[str, TrialResult] = {}
         self.begun: set[str] = set()
         self.slots = 0
+        self._is_cut_off = False
         self._analyses = Analyses(plan, view, interrupts, self.results)
 
     def outcome(self) -> Outcome:
@@ -228,8 +248,12 @@ class _Run:
                 self._take_over(done)
                 self._train(waiting)
                 self._analyses.look(self._tell, self.slots)
+            except ForemanLost as lost:
+                self.view.say(str(lost))
+                self._is_cut_off = True
             except Interrupted as asked:
                 interrupted = asked.exit_code
+                tell_lost(self.leases.lost, self.view)
             with self.interrupts.shield():
                 return self._finish(interrupted)
         except BaseException as error:
@@ -292,7 +316,7 @@ class _Run:
         try:
             self._work_off(waiting, running, foreman, slots)
         except Interrupted:
-            with self.interrupts.shield():
+            with self.interrupts.shield(), suppress(ForemanLost):
                 let_save(foreman, self.plan.options.grace, self.view)
                 self._look(foreman)
             raise
@@ -308,7 +332,7 @@ class _Run:
                     trial = waiting.popleft()
                     if self._begin(trial, elsewhere):
                         running[foreman.train.remote(trial)] = trial
-                if (self.plan.folder / STOP).exists():  # asked on another machine
+                if is_left(self.plan.folder / STOP):  # asked on another machine
                     signal.raise_signal(signal.SIGTERM)
                 ended = self._wait(running)
                 self._look(foreman)
@@ -344,7 +368,8 @@ class _Run:
         """Fetch and show what the trials have said."""
         import ray
 
-        progress, reports = ray.get(foreman.fetch.remote())
+        with foreman_needed():
+            progress, reports = ray.get(foreman.fetch.remote())
         by_id = {trial.id: trial for trial in self.plan.trials}
         for identity, latest in progress.items():
             self.view.progress(by_id[identity], latest)
@@ -363,7 +388,7 @@ class _Run:
         result = result_on_disk(self.plan, trial)
         stopped = reason == STOPPED
         if not stopped and (reason is not None or result.state != "finished"):
-            reason = reason or f"ended after {len(result.history)} epochs"
+            reason = reason or result.reason or f"ended after {len(result.history)} epochs"
             result = replace(result, state="failed", reason=reason)
         self._end(result)
 
@@ -377,10 +402,10 @@ class _Run:
             if self._is_done_meanwhile(trial):
                 return False
             self._write_beginning(trial)
-        except OSError as error:  # a full disk: this trial's failure, not the others'
+        except Exception as error:  # a full disk or a storage's own: this trial's, not the others'
             self._tell.adopt(trial)
             result = known_result(self.plan, trial)
-            self._end(replace(result, state="failed", reason=f"cannot begin: {error}"))
+            self._end(replace(result, state="failed", reason=f"cannot begin: {one_line(error)}"))
             return False
         return True
 
@@ -419,7 +444,7 @@ class _Run:
         plan = self.plan
         if self.cluster.started:
             self.view.stage("ending Ray")
-        failed = any(result.state == "failed" for result in self.results.values())
+        failed = self._is_cut_off or any(r.state == "failed" for r in self.results.values())
         self.cluster.stop(keep_logs=failed)
         for trial in plan.trials:
             if trial.id not in self.results:
@@ -440,9 +465,9 @@ class _Run:
         return outcome
 
     def _abandon(self, trial: Trial) -> None:
-        """A signal came before the trial's end."""
+        """A signal came before the trial's end, or its foreman's end."""
         result = known_result(self.plan, trial)
         if trial.id in self.begun:
-            self._end(replace(result, reason=None))
+            self._end(result)
         else:
             self.results[trial.id] = result

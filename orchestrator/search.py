@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from orchestrator.files import write_whole
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
-from orchestrator.lease import Leases
+from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population import Turn
 from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
-from orchestrator.worker import STOPPED
+from orchestrator.worker import STOP, STOPPED
 
 LEDGER = "suggestions.json"
 """In the sweep's folder: every suggestion that was made, and what came of it."""
@@ -150,7 +150,9 @@ class Searcher(Foreman):
         os.environ.update(_ENVIRONMENT)
         self.sweep, self.slots = sweep, slots
         self.ledger = Ledger(sweep.folder)
-        self.leases = Leases(sweep.plan.output, sweep.plan.name)
+        # Not a signal: it would end this actor, and the trials that nobody has taken with it.
+        stop = (sweep.folder / STOP).touch
+        self.leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=stop)
         self.news: list[Entry] = []
         self._beginning = threading.Lock()
 
@@ -183,6 +185,10 @@ class Searcher(Foreman):
     def acquire(self, trial: str) -> bool:
         """Take the trial's lease; False while another invocation trains it."""
         return self.leases.acquire(trial) is None
+
+    def lost(self) -> dict[str, Lease]:
+        """Who trains now what was trained here."""
+        return self.leases.lost
 
     def first(self, trial: str) -> Entry:
         """The suggestion that trains the trial: its arm, and so its folder, bear its name."""
@@ -362,17 +368,17 @@ def train_leased(
         callbacks: Ray Train's.
         until: the epoch after which to end; default the trial's last.
     """
-    _wait_for_lease(sweep, trial, searcher)
     until = until or trial.training.epochs
-    if len(result_on_disk(sweep.plan, trial).history) >= until:
-        return None
     try:
+        _wait_for_lease(sweep, trial, searcher)
+        if len(result_on_disk(sweep.plan, trial).history) >= until:
+            return None
         reason = fit(sweep.plan, trial, searcher, loop, callbacks=callbacks, until=until)
-    except Exception as error:  # Ray's own: one trial's failure, not the sweep's
+    except Exception as error:  # Ray's or the storage's: one trial's failure, not the sweep's
         return failure_text(error)
     result = result_on_disk(sweep.plan, trial)
     if reason is None and len(result.history) < until:
-        return f"ended after {len(result.history)} epochs"
+        return result.reason or f"ended after {len(result.history)} epochs"
     return reason
 
 
@@ -418,10 +424,10 @@ def _report_last(sweep: Sweep, trial: Trial) -> None:
     from ray import tune
 
     metric = sweep.search.metric
-    evaluated = result_on_disk(sweep.plan, trial).evaluated
-    if not evaluated or f"val/{metric}" not in evaluated[-1].values:
-        raise RuntimeError(f"{metric} was not measured")
-    last = evaluated[-1]
+    result = result_on_disk(sweep.plan, trial)
+    if result.metric(metric) is None:
+        raise RuntimeError(result.reason or f"{metric} was not measured")
+    last = result.evaluated[-1]
     tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
 
 

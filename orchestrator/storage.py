@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -29,6 +30,22 @@ from orchestrator.wording import one_line
 
 LEDGER = "checkpoint_manager_snapshot.json"
 """Ray Train's name for it."""
+
+RETRY_PAUSES = (1.0, 2.0, 4.0)
+"""Seconds between the attempts to reach a storage."""
+
+T = TypeVar("T")
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What ``read`` returns, or in the end raises. A disk or a server that does not answer says
+    nothing of what lies there: it is asked a few times more."""
+    for pause in RETRY_PAUSES:
+        try:
+            return read()
+        except Exception:  # each file system raises its own
+            time.sleep(pause)
+    return read()
 
 
 @dataclass(frozen=True)
@@ -87,13 +104,20 @@ class Storage:
 
     def result(self, trial: str) -> Any:
         """What Ray Train knows of a trial's last job, a ``ray.train.Result``; None if it knows
-        nothing, or its ledger cannot be read."""
+        nothing, or its ledger is damaged.
+
+        Raises:
+            Exception: the file system's own, where it cannot be reached.
+        """
         import ray.train
         from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
+        if not self._is_there(f"{self.root}/{trial}/{LEDGER}"):
+            return None
         try:
             return ray.train.Result.from_path(f"{self.root}/{trial}", self.for_ray)
-        except (RuntimeError, CheckpointManagerInitializationError):
+        # The latter where its text is no UTF-8, or lacks what it refers to.
+        except (CheckpointManagerInitializationError, ValueError, LookupError, AssertionError):
             return None
 
     def make_ready(self, trial: str) -> None:
@@ -104,7 +128,7 @@ class Storage:
         may not be all there, is removed: it would be done again beside it.
         """
         ledger = f"{self.root}/{trial}/{LEDGER}"
-        if not self.filesystem.exists(ledger):
+        if not self._is_there(ledger):
             return
         stored = self.result(trial)
         if stored is None:
@@ -130,7 +154,9 @@ class Storage:
         """As :meth:`fetch`, of a copy only the small files: everything but the weights."""
         if self.is_local:
             return Path(checkpoint)
-        return self._copy(self.filesystem.glob(f"{checkpoint}/*.json"), into / _name(checkpoint))
+        files = self.filesystem.ls(checkpoint, detail=False)
+        notes = [file for file in files if file.endswith(".json")]
+        return self._copy(notes, into / _name(checkpoint))
 
     def _copy(self, files: list[str], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,14 +185,26 @@ class Storage:
         wanted = [c for c in self.checkpoints(donor) if place_of(c) == place]
         if not wanted:
             return False
-        target = f"{self.root}/{heir}/{_name(wanted[-1])}"
+        self._copy_checkpoint(wanted[-1], heir)
+        return True
+
+    def copy_trial(self, source: Storage, trial: str, to: str) -> None:
+        """Copy all of a trial's checkpoints from another place of the same file system; the ledger
+        comes last, so that it names nothing that is not there."""
+        for checkpoint in source.checkpoints(trial):
+            self._copy_checkpoint(checkpoint, to)
+        ledger = f"{source.root}/{trial}/{LEDGER}"
+        if self._is_there(ledger):
+            self.filesystem.cp_file(ledger, f"{self.root}/{to}/{LEDGER}")
+
+    def _copy_checkpoint(self, checkpoint: str, trial: str) -> None:
+        target = f"{self.root}/{trial}/{_name(checkpoint)}"
         self.filesystem.makedirs(target, exist_ok=True)
-        for file in self.filesystem.ls(wanted[-1], detail=False):
+        for file in self.filesystem.ls(checkpoint, detail=False):
             copy = f"{target}/{_name(file)}"
             # Half a copy, of a process that was killed, is made again.
             if not self._is_as_long(copy, self.filesystem.size(file)):
                 self.filesystem.cp_file(file, copy)
-        return True
 
     def forget(self, trial: str, place: tuple[int, int]) -> None:
         """Remove the checkpoint that was handed over to the trial, once it has others of its own.
@@ -188,8 +226,24 @@ class Storage:
         return replace(self, root=str(root.parents[1] / name / root.name))
 
     def checkpoints(self, trial: str) -> list[str]:
-        """Every folder of the trial's checkpoints, also those that were never reported."""
-        return sorted(map(str, self.filesystem.glob(f"{self.root}/{trial}/epoch-*")))
+        """Every folder of the trial's checkpoints, also those that were never reported.
+
+        Raises:
+            Exception: the file system's own, where it cannot be reached.
+        """
+        try:  # not glob: what cannot be listed is empty to it
+            there = self.filesystem.ls(f"{self.root}/{trial}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(path) for path in there if _name(path).startswith("epoch-"))
+
+    def _is_there(self, path: str) -> bool:
+        """As fsspec's ``exists``, to which a place that cannot be reached has nothing."""
+        try:
+            self.filesystem.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def checkpoint_name(epoch: int, step: int, suffix: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,16 +16,16 @@ from codetr.config import ConfigError
 from orchestrator.board import Progress
 from orchestrator.cluster import Cluster
 from orchestrator.console import View
-from orchestrator.files import as_far_as_possible
+from orchestrator.files import as_far_as_possible, is_left
 from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import Loop, let_save
+from orchestrator.jobs import ForemanLost, Loop, foreman_needed, let_save
 from orchestrator.lease import Leases
 from orchestrator.plan import Trial
 from orchestrator.population_search import PopulationSearcher
 from orchestrator.recorder import Recorder
 from orchestrator.records import keep_history, note, sign_in
 from orchestrator.report import write_trial_files
-from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage
+from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage, tell_lost
 from orchestrator.search import (
     Entry,
     Searcher,
@@ -75,7 +76,8 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
     with Interrupts() as interrupts:
         prepare_data(sweep.plan, view)
         prepare_storage(sweep.plan, view)
-        with only_one(sweep.folder), Leases(sweep.plan.output, sweep.plan.name) as leases:
+        leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=interrupts.ask)
+        with only_one(sweep.folder), leases:
             require_same_sweep(sweep)
             sign_in(sweep.plan, leases, sweep.search.model_dump(mode="json"))
             return _SweepRun(sweep, view, loop, interrupts).outcome()
@@ -91,6 +93,7 @@ class _SweepRun:
         self.trials: dict[str, Trial] = {}
         self.ended: set[str] = set()
         self.slots = 0
+        self._is_cut_off = False
 
     def outcome(self) -> Outcome:
         interrupted = None
@@ -102,6 +105,9 @@ class _SweepRun:
                 self._take_over(done)
                 if self.cluster.started:
                     self._search()
+            except ForemanLost as lost:
+                self.view.say(str(lost))
+                self._is_cut_off = True
             except Interrupted as asked:
                 interrupted = asked.exit_code
             with self.interrupts.shield():
@@ -170,15 +176,18 @@ class _SweepRun:
             while not over:
                 with self.interrupts.shield():
                     over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
-                    if (self.sweep.folder / STOP).exists():  # asked on another machine
+                    if is_left(self.sweep.folder / STOP):  # asked on another machine
                         signal.raise_signal(signal.SIGTERM)
                     self._look(searcher)
         except Interrupted:
-            with self.interrupts.shield():
+            with self.interrupts.shield(), suppress(ForemanLost):
                 let_save(searcher, self.sweep.plan.options.grace, self.view)
                 self._look(searcher)
+                with foreman_needed():
+                    tell_lost(ray.get(searcher.lost.remote()), self.view)
             raise
-        ray.get(search)  # raises what Tune itself has raised
+        with foreman_needed():
+            ray.get(search)  # raises what Tune itself has raised
         # Tune's last words on its trials are on their way to the searcher when it returns.
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while self._open_entries() and time.monotonic() < deadline:
@@ -195,11 +204,12 @@ class _SweepRun:
         """Fetch, show and record what the trials have said."""
         import ray
 
-        entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
+        with foreman_needed():
+            entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
+            progress, reports = ray.get(searcher.fetch.remote())
         for entry in entries:
             if entry.state == "open":
                 self._begin(entry)
-        progress, reports = ray.get(searcher.fetch.remote())
         for identity, latest in progress.items():
             if identity not in self.ended:
                 self.view.progress(self.trials[identity], latest)
@@ -241,7 +251,7 @@ class _SweepRun:
         if self.cluster.started:
             self.view.stage("ending Ray")
         entries = read_ledger(self.sweep.folder)
-        failed = any(entry.state == "failed" for entry in entries)
+        failed = self._is_cut_off or any(entry.state == "failed" for entry in entries)
         self.cluster.stop(keep_logs=failed)
         for entry in entries:
             # Cut off, or ended after the last look at the searcher.

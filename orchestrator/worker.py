@@ -35,6 +35,9 @@ STOP, STOPPED, RESIZED = "stop", "stopped as asked", "resized"
 """File in a trial's folder that asks it to stop; what a trial returns that has stopped, or that
 shall go on with another number of workers."""
 
+WORTH = "worth"
+"""The metric by which Ray Train ranks a trial's checkpoints."""
+
 _SAVE = "save"
 _WISHES = ("", _SAVE, RESIZED, STOPPED)
 """What may be asked of a trial, the strongest last."""
@@ -177,13 +180,14 @@ class _Training:
         from codetr.checkpoint import load_checkpoint, without_download
         from codetr.distributed import from_rank_zero
         from codetr.training import TrainingState
+        from orchestrator.storage import patiently
 
         trial, reported = self.trial, ray.train.get_checkpoint()
         # Chosen by one rank, so that all agree also where a disk fails some of them.
         chosen, problem = from_rank_zero(
             lambda: newest_sound(storage, trial.name, reported and reported.path)
         )
-        saved = chosen and storage.fetch(chosen, into=Path.cwd())
+        saved = chosen and patiently(partial(storage.fetch, chosen, into=Path.cwd()))
         self.notes += [problem] if problem else []
         checkpoint = load_checkpoint(saved) if saved else None
         detector, training = trial.settings_in(checkpoint.last_begun if checkpoint else 1)
@@ -351,9 +355,11 @@ class _Training:
         state = self.state
         metrics: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
         metrics["within_epoch"] = state.taken > 0
+        done = state.step / (1 + self.trial.training.epochs * self.trial.steps_per_epoch)
+        metrics[WORTH] = worth(self.history, done, within_epoch=state.taken > 0)
         metrics["history"] = [asdict(epoch) for epoch in self.history]
         if evaluation is not None and "val/AP" in self.history[-1].values:
-            metrics["AP"] = state.metrics["AP"]  # ranks the checkpoints
+            metrics["AP"] = state.metrics["AP"]
         if self.rank != 0:
             ray.train.report(metrics)
             return
@@ -380,6 +386,27 @@ class _Training:
             results = to_coco_results(evaluation.detections, self.val_set.classes)
             (folder / PREDICTIONS).write_text(json.dumps(results))
             (folder / PER_CLASS).write_text(json.dumps(evaluation.metrics.per_class))
+
+
+def worth(history: History, done: float, *, within_epoch: bool) -> float:
+    """How much a checkpoint is worth to be kept, of which Ray Train keeps the three of the greatest
+    worth. Ray asks once, so what it is worth later must follow from what comes later.
+
+    The n-th best AP of a trial is worth n. What comes after it is worth less, and the more the
+    later, but more than the best AP before it: so the three are the best one, the last, and the one
+    before it; where two of these are the same, one more.
+
+    Args:
+        done: share of the trial's steps, below 1.
+        within_epoch: it was saved after the last epoch of the history, and not at its end.
+    """
+    best, bests, is_best = -math.inf, 0, False
+    for epoch in history:
+        ap = epoch.values.get("val/AP")
+        is_best = ap is not None and ap >= best
+        if ap is not None and is_best:
+            best, bests = ap, bests + 1
+    return float(bests) if is_best and not within_epoch else bests - 1 + done
 
 
 def _log_line(epoch: Epoch, epochs: int) -> str:
@@ -441,26 +468,24 @@ def newest_sound(
     Returns:
         Its place in the storage, None where there is none; and what was lost, in a sentence, or
         None.
-    """
-    from codetr.checkpoint import CheckpointError, load_checkpoint
-    from orchestrator.storage import place_of
 
-    places = sorted(storage.checkpoints(trial), key=place_of, reverse=True)
+    Raises:
+        Exception: the storage cannot be reached, or the checkpoint is of another version: to start
+            afresh would throw away what may be sound.
+    """
+    from orchestrator.storage import patiently, place_of
+
+    places = patiently(partial(storage.checkpoints, trial))
+    places = sorted(places, key=place_of, reverse=True)
     if reported is not None:
         places = [reported, *(p for p in places if place_of(p) < place_of(reported))]
     found, problems = None, []
     for place in places:
-        try:
-            folder = storage.fetch(place, into=Path.cwd())
-            load_checkpoint(folder)
-            read_history(folder)
-            read_notes(folder)
-            read_matches(folder)
-        except (CheckpointError, OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        found = place
-        break
+        problem = patiently(partial(damage, storage, place, Path.cwd()))
+        if problem is None:
+            found = place
+            break
+        problems.append(problem)
     if not problems:
         return found, None
     (epoch, step), (lost_epoch, lost_step) = place_of(found), place_of(places[0])
@@ -468,6 +493,35 @@ def newest_sound(
         f"{'; '.join(problems)}. Went on after epoch {epoch}, step {step} instead of epoch "
         f"{lost_epoch}, step {lost_step}: the work between them was lost and done again"
     )
+
+
+def damage(storage: Storage, place: str, into: Path) -> str | None:
+    """What a checkpoint lacks of what was written, in a sentence; None if it is sound.
+
+    Args:
+        into: folder for a copy of what is stored elsewhere.
+
+    Raises:
+        Exception: it cannot be reached, or is of another version.
+    """
+    from codetr.checkpoint import CheckpointError, DamagedCheckpointError, load_checkpoint
+
+    try:
+        folder = storage.fetch(place, into=into)
+        load_checkpoint(folder)
+    except (DamagedCheckpointError, FileNotFoundError) as error:
+        return str(error)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None  # not final, as what is wrong with a checkpoint is
+        raise
+    try:
+        read_history(folder)
+        read_notes(folder)
+        read_matches(folder)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{folder}: {error}"
+    return None
 
 
 def read_history(folder: Path) -> History:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 from laboratory import Laboratory, descendants
 
 from codetr.checkpoint import load_checkpoint
+from orchestrator.plan import slug
 
 EPOCHS = 12
 EXPERIMENT = f"""
@@ -69,6 +71,27 @@ class FaultLaboratory(Laboratory):
             ]
             for run in runs
         }
+
+    def log(self, arm: str, name: str = "tiny") -> str:
+        """What the workers of an arm's trial have said."""
+        (file,) = (self.output / name / "trials").glob(f"{slug(arm)}.*/log.txt")
+        return file.read_text()
+
+    def require_gone_on(self, before: list[str]) -> None:
+        """Trials were started again, and none has trained again what was in safety: whoever starts
+        afresh comes to the same end.
+
+        Args:
+            before: what the command has printed until the fault.
+        """
+        told = re.findall(r"(K=\d), seed 0: epoch (\d+)/", "".join(before))
+        safe = {arm: int(epoch) for arm, epoch in told}
+        assert safe, before
+        logs = {arm: self.log(arm) for arm in safe}
+        assert any(log.count(" worker(s)\n") > 1 for log in logs.values()), logs
+        for arm, log in logs.items():
+            trained = [int(epoch) for epoch in re.findall(rf"epoch (\d+)/{EPOCHS}, step", log)]
+            assert [n for n in trained if n <= safe[arm]] == [*range(1, safe[arm] + 1)], log
 
     def require_each_epoch_once(self, uri: str | None = None) -> None:
         """Two runs, finished, with every epoch once and in order."""

@@ -271,6 +271,28 @@ def test_a_result_of_another_experiment_is_taken_over_if_it_is_new(plan):
     assert find_trial(plan.output, f"{plan.name}/{trial.id}").state == "finished"
 
 
+def test_half_of_what_is_taken_over_is_nothing(plan, monkeypatch):
+    """Killed, or on a full disk: the next invocation finds no folder, and copies again."""
+    other, trial = replace(plan, name="other"), plan.trials[0]
+    note(other, trial, "finished")
+    checkpoint(other, trial, 4)
+    source = other.store / trial.name
+
+    def copy_half(source, target, **_options):
+        target.mkdir()
+        (target / "config.yaml").touch()
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", copy_half)
+        with pytest.raises(OSError, match="No space left"):
+            take_over(plan, trial, source)
+    assert not [*plan.folder.rglob("config.yaml")]
+    assert known_result(plan, trial).state == "not started"
+    take_over(plan, trial, source)
+    assert find_trial(plan.output, f"{plan.name}/{trial.id}").state == "finished"
+
+
 @pytest.mark.parametrize(
     "arguments", [["status"], ["compare", "TRIAL", "TRIAL"], ["stop", "nonsense"]]
 )

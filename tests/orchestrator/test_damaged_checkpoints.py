@@ -1,19 +1,22 @@
 """Which checkpoint a trial goes on from, if the disk has not kept the last one."""
 
 import dataclasses
+import errno
 import json
+import shutil
 import zipfile
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from trial_samples import sample_epoch
+from trial_samples import sample_epoch, sample_plan
 
-from codetr.checkpoint import FILE_NAME, save_checkpoint
+from codetr.checkpoint import FILE_NAME, CheckpointError, save_checkpoint
 from codetr.config import DataConfig, DetectorConfig, TrainingConfig
 from codetr.data import Classes
 from codetr.detector import CoDETR
 from codetr.training import TrainingState
-from orchestrator.storage import Storage, checkpoint_name
+from orchestrator.jobs import result_on_disk
+from orchestrator.storage import LEDGER, Storage, checkpoint_name
 from orchestrator.worker import HISTORY, NOTES, newest_sound
 
 TINY = {
@@ -102,6 +105,114 @@ def test_else_the_newest_before_it_and_the_loss_is_told(trial, damage):
     found, note = chosen(trial, last(trial))
     assert "/epoch-0003" in found
     assert "Went on after epoch 3, step 30 instead of epoch 5, step 54: the work" in note
+
+
+class Hiccup(LocalFileSystem):
+    """An object store that does not answer for so many calls of one kind."""
+
+    cachable = False
+
+    def __init__(self, call, times, error):
+        super().__init__()
+        self.call, self.left, self.error = call, times, error
+
+    def _answer(self, call):
+        if call == self.call and self.left > 0:
+            self.left -= 1
+            raise self.error
+
+    def ls(self, path, **options):
+        self._answer("ls")
+        return super().ls(path, **options)
+
+    def info(self, path, **options):
+        self._answer("info")
+        return super().info(path, **options)
+
+    def get_file(self, source, target, **options):
+        self._answer("get_file")
+        return super().get_file(source, target, **options)
+
+
+class Elsewhere(Storage):
+    """Not on this machine: its checkpoints have to be fetched."""
+
+    is_local = False
+
+
+AWAY = [TimeoutError("the read timed out"), OSError(errno.EIO, "Input/output error"), KeyError("x")]
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch, tmp_path):
+    monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", (0.0, 0.0))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("call", ["ls", "get_file"])
+@pytest.mark.parametrize("error", AWAY, ids=["timeout", "io", "its own"])
+def test_a_storage_that_does_not_answer_is_asked_again(trial, call, error):
+    storage = Elsewhere(Hiccup(call, 2, error), str(trial.parent))
+    assert newest_sound(storage, "trial", str(last(trial))) == (str(last(trial)), None)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("call", ["ls", "get_file"])
+def test_and_is_no_reason_to_start_afresh(trial, call):
+    storage = Elsewhere(Hiccup(call, 99, AWAY[0]), str(trial.parent))
+    for reported in (None, str(last(trial))):
+        with pytest.raises(TimeoutError, match="the read timed out"):
+            newest_sound(storage, "trial", reported)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_nor_is_a_disk_that_cannot_be_read(trial, monkeypatch):
+    def away(*_arguments, **_options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("torch.load", away)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        chosen(trial, last(trial))
+    assert not isinstance(raised.value, CheckpointError)  # which would be final
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_nor_is_a_sound_one_of_another_version(trial):
+    import torch
+
+    content = torch.load(last(trial) / FILE_NAME, weights_only=True)
+    for change in ({"format": "codetr checkpoint 9"}, {"data": {"unknown": 1}}):
+        torch.save({**content, **change}, last(trial) / FILE_NAME)
+        with pytest.raises(ValueError, match=r"this version of codetr|unknown"):
+            chosen(trial, last(trial))
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("call", ["ls", "info"])
+def test_what_ray_knows_is_not_forgotten_while_the_storage_is_away(trial, call):
+    """Nor is its ledger set aside as if it were damaged."""
+    (trial / LEDGER).write_bytes(b"\xff")  # damaged, as it happens
+    storage = Storage(Hiccup(call, 1, AWAY[0]), str(trial.parent))
+    with pytest.raises(TimeoutError):
+        storage.checkpoints("trial") if call == "ls" else storage.make_ready("trial")
+    assert (trial / LEDGER).exists()
+    assert storage.result("trial") is None
+    storage.make_ready("trial")
+    assert not (trial / LEDGER).exists()
+    assert len(storage.checkpoints("trial")) == 3
+
+
+@pytest.mark.parametrize("lose", [lose_the_file, truncate, change_a_byte])
+def test_without_a_ledger_only_a_sound_checkpoint_is_a_trials_end(trial, tmp_path, lose):
+    """Four epochs were wanted, and the last checkpoint's history has five."""
+    plan = sample_plan(tmp_path / "runs")
+    shutil.copytree(trial, plan.store / plan.trials[0].name)
+    result = result_on_disk(plan, plan.trials[0])
+    assert (result.state, len(result.history)) == ("finished", 5)
+    lose(last(plan.store / plan.trials[0].name))
+    result = result_on_disk(plan, plan.trials[0])
+    assert (result.state, len(result.history)) == ("interrupted", 3)
 
 
 def test_none_if_all_are_damaged(trial):

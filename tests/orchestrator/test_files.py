@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import LocalFileSystem as ArrowLocal
 from pyarrow.fs import PyFileSystem, copy_files
 
-from orchestrator.files import as_far_as_possible, write_whole
+from orchestrator.files import as_far_as_possible, is_left, write_whole
 from orchestrator.storage import WholeFiles
 
 
@@ -73,3 +73,14 @@ def test_a_disk_that_takes_nothing_is_told(tmp_path):
     assert as_far_as_possible(said.append, lambda: [write_whole(target, "a")]) == []
     assert said == [f"cannot write {target.with_name('.table.csv.draft')}: Not a directory"]
     assert as_far_as_possible(said.append, lambda: [tmp_path]) == [tmp_path]
+
+
+def test_a_file_server_that_is_away_has_left_nothing(tmp_path, monkeypatch):
+    def away(_path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (tmp_path / "stop").touch()
+    assert is_left(tmp_path / "stop")
+    assert not is_left(tmp_path / "another")
+    monkeypatch.setattr("pathlib.Path.exists", away)
+    assert not is_left(tmp_path / "stop")

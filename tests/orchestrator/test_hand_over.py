@@ -8,7 +8,7 @@ from fsspec.implementations.local import LocalFileSystem
 from test_damaged_checkpoints import trial, truncate  # noqa: F401 - a fixture
 
 from codetr.checkpoint import FILE_NAME, load_checkpoint
-from orchestrator.storage import Storage, checkpoint_name, place_of
+from orchestrator.storage import LEDGER, Storage, checkpoint_name, place_of
 from orchestrator.worker import newest_sound
 
 
@@ -56,6 +56,36 @@ def test_in_an_object_store():
         assert storage.hand_over("trial", (2, 20), "heir")
         assert storage.hand_over("trial", (2, 20), "heir")
         assert memory.cat_file(f"/lab/tiny/trials/heir/{name}/{FILE_NAME}") == b"weights"
+    finally:
+        memory.rm("/lab", recursive=True)
+
+
+def test_a_whole_trial_is_copied_with_its_ledger_last(monkeypatch):
+    """Done again after it was torn apart, it is the same: no folder within the folder."""
+    memory = fsspec.filesystem("memory")
+    here, there = (Storage(memory, f"/lab/{name}/trials") for name in ("new", "old"))
+    names = [checkpoint_name(epoch, 10 * epoch, "abcdefgh") for epoch in (1, 2)]
+    for name in names:
+        memory.pipe_file(f"/lab/old/trials/trial/{name}/{FILE_NAME}", name.encode())
+    memory.pipe_file(f"/lab/old/trials/trial/{LEDGER}", b"{}")
+    copied, copy = [], memory.cp_file
+
+    def cp_file(source, target):
+        copied.append(target)
+        if len(copied) == 2:
+            raise TimeoutError
+        copy(source, target)
+
+    try:
+        monkeypatch.setattr(memory, "cp_file", cp_file)
+        with pytest.raises(TimeoutError):
+            here.copy_trial(there, "trial", "trial")
+        assert not memory.exists(f"/lab/new/trials/trial/{LEDGER}")
+        here.copy_trial(there, "trial", "trial")
+        assert copied[-1] == f"/lab/new/trials/trial/{LEDGER}"
+        found = {path: memory.cat_file(path) for path in memory.find("/lab/new/trials")}
+        expected = {f"/lab/new/trials/trial/{name}/{FILE_NAME}": name.encode() for name in names}
+        assert found == {**expected, f"/lab/new/trials/trial/{LEDGER}": b"{}"}
     finally:
         memory.rm("/lab", recursive=True)
 

@@ -1,11 +1,14 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from orchestrator.files import write_whole
 from orchestrator.lease import LAPSE_SECONDS, Lease, Leases, Owner, has_lapsed, holder
 
 RACE = """
@@ -113,16 +116,86 @@ def test_a_lease_taken_away_stops_its_former_owner(tmp_path, monkeypatch):
     signals = []
     monkeypatch.setattr("os.kill", lambda *signal: signals.append(signal))
     with Leases(tmp_path, "first", heartbeat=0.05) as leases:
+        taken = take_away(leases, "trial")
+        wait_until(lambda: leases.lost)
+    assert leases.lost["trial"].owner.pid == 1
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert (tmp_path / ".leases" / "trial").read_text() == taken  # not given back: it is another's
+
+
+def take_away(leases, trial):
+    """Have another process own the lease, at once; returns its file's text."""
+    leases.acquire(trial)
+    path = leases.folder / trial
+    taken = path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1')
+    write_whole(path, taken)
+    return taken
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_of_several_leases_taken_away_one_tells(tmp_path):
+    """A second signal would end the process at once, and nothing would be saved."""
+    told = []
+    with Leases(tmp_path, "first", heartbeat=0.05, on_loss=lambda: told.append(1)) as leases:
+        for trial in ("a", "b", "c"):
+            take_away(leases, trial)
+        wait_until(lambda: len(leases.lost) == 3)
+    assert told == [1]
+
+
+def test_to_tell_of_a_loss_is_tried_again(tmp_path):
+    told = []
+
+    def stop():
+        told.append(1)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "the file server is away")
+
+    with Leases(tmp_path, "first", heartbeat=0.05, on_loss=stop) as leases:
+        take_away(leases, "trial")
+        wait_until(lambda: leases.lost)
+    assert told == [1, 1]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_file_server_that_is_away_takes_no_lease(tmp_path, monkeypatch, code):
+    """Whatever fails, reading or touching it: it is kept alive afterwards."""
+    asked = []
+
+    def away(path, *_arguments, **_options):
+        asked.append(path)
+        raise OSError(code, os.strerror(code))
+
+    lost = []
+    with Leases(tmp_path, "first", heartbeat=0.02, on_loss=lambda: lost.append(1)) as leases:
         leases.acquire("trial")
         path = tmp_path / ".leases" / "trial"
-        taken = path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1')
-        path.write_text(taken)
-        deadline = time.monotonic() + 30
-        while not leases.lost and time.monotonic() < deadline:
-            time.sleep(0.02)
-    assert leases.lost == {"trial"}
-    assert signals == [(os.getpid(), signal.SIGTERM)]
-    assert path.read_text() == taken  # not given back: it is another's
+        with monkeypatch.context() as patch:
+            for name in ("read_text", "exists", "stat"):
+                patch.setattr(Path, name, away)
+            wait_until(lambda: len(asked) > 3)
+        os.utime(path, (0, 0))
+        wait_until(lambda: path.stat().st_mtime > 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", away)
+            leases.release("trial")  # it lapses by itself
+    assert (lost, leases.lost) == ([], {})
+
+
+def test_a_full_disk_leaves_no_half_of_a_lease(tmp_path, monkeypatch):
+    leases = Leases(tmp_path, "first")
+    monkeypatch.setattr("json.dumps", lambda _: "\udc80")  # which no file takes
+    with pytest.raises(UnicodeEncodeError):
+        leases.acquire("trial")
+    monkeypatch.undo()
+    assert not (tmp_path / ".leases" / "trial").exists()
+    assert leases.acquire("trial") is None
 
 
 def test_an_unreadable_lease_stands_until_it_is_old(tmp_path):

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from test_lease import take_away, wait_until
 from test_population import population_sweep
 from trial_samples import sample_epoch
 
@@ -12,6 +13,7 @@ from orchestrator.population_search import POPULATION, PopulationSearcher, read_
 from orchestrator.search import read_ledger
 from orchestrator.storage import checkpoint_name
 from orchestrator.sweep_run import stop_reason, suggestion_tags
+from orchestrator.worker import STOP
 
 EPOCH = 2
 
@@ -47,6 +49,33 @@ def searching(sweep):
 def handed_over(searcher, member):
     (folder,) = (searcher.sweep.plan.store / searcher._trial(member).name).glob("epoch-*")
     return (folder / FILE_NAME).read_text()
+
+
+def test_what_cannot_be_read_exchanges_nobody(sweep, monkeypatch):
+    """Or the population would be another one than without the fault."""
+    searcher = searching(sweep)
+    members = searcher.enter()
+    monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", ())
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.storage.Storage.checkpoints", timeout)
+        with pytest.raises(RuntimeError, match="TimeoutError: away"):
+            searcher._exchange(members, EPOCH)
+    assert read_population(sweep.folder) is None
+    assert searcher._exchange(members, EPOCH)[1:] == members[1:]
+
+
+def test_who_loses_a_lease_asks_for_an_orderly_end(sweep):
+    """A signal would end the actor, and all trials with it."""
+    searcher = searching(sweep)
+    searcher.leases._heartbeat = 0.05
+    with searcher.leases:
+        take_away(searcher.leases, "trial")
+        wait_until(searcher.lost)
+    assert (sweep.folder / STOP).exists()
+
+
+def timeout(*_):
+    raise TimeoutError("away")
 
 
 def test_the_worst_is_replaced_and_all_of_it_written_down(sweep):

@@ -10,6 +10,7 @@ from codetr.config import DetectorConfig
 from orchestrator.experiment import load_experiment
 from orchestrator.pictures import draw_ap_by_arm, draw_ap_by_epoch, draw_curves
 from orchestrator.plan import Options, make_plan
+from orchestrator.records import note
 from orchestrator.report import (
     branch_table,
     csv_table,
@@ -156,6 +157,21 @@ def test_files_of_a_trial(plan):
     assert [file.name for file in files] == ["config.yaml", "curves.png"]
     config = yaml.safe_load(files[0].read_text())
     assert DetectorConfig.model_validate(config["detector"]) == result.trial.detector
+
+
+def test_a_full_disk_leaves_what_a_trial_is(plan, monkeypatch):
+    result = sample_results(plan)[2]
+    config, _ = note(plan, result.trial, "running")
+    before = config.read_text()
+
+    def half(path, text):
+        path.write_bytes(text[:20].encode())
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_trial_files(plan, result)
+    assert config.read_text() == before
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

@@ -1,13 +1,21 @@
+from types import SimpleNamespace
+
 import pytest
+import ray
 from trial_samples import sample_plan
 
 from codetr.config import ConfigError
 from codetr.data import DataError
 from orchestrator.cluster import _require_answer
-from orchestrator.jobs import failure_text, result_on_disk
+from orchestrator.interrupt import Interrupts
+from orchestrator.jobs import ForemanLost, failure_text, foreman_needed, result_on_disk
+from orchestrator.lease import Leases
+from orchestrator.records import note
 from orchestrator.results import TrialResult
-from orchestrator.runner import Outcome, only_one, prepare_data
+from orchestrator.runner import Outcome, _Run, only_one, prepare_data
+from orchestrator.search import train_leased
 from orchestrator.share import share
+from orchestrator.worker import train
 
 
 class Silent:
@@ -93,6 +101,89 @@ def test_what_was_never_begun_has_left_nothing(tmp_path):
     assert result_on_disk(plan, plan.trials[0]).state == "not started"
     (plan.store / plan.trials[1].name).mkdir(parents=True)
     assert result_on_disk(plan, plan.trials[1]).state == "interrupted"
+
+
+class Deaf:
+    """Where MLflow would be told."""
+
+    def __getattr__(self, _):
+        return lambda *_: None
+
+
+class Watching(Silent):
+    """Also remembers how the trials have ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def ended(self, result):
+        self.results.append(result)
+
+    def progress(self, *_):
+        pass
+
+
+@pytest.fixture
+def storage_away(monkeypatch):
+    def away(*_):
+        raise TimeoutError("the read timed out")
+
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr("orchestrator.storage.Storage.result", away)
+
+
+@pytest.mark.usefixtures("storage_away")
+def test_a_storage_that_is_away_fails_a_trial_with_its_reason_and_not_the_run(tmp_path):
+    plan = sample_plan(tmp_path)
+    run = _Run(plan, view := Watching(), train, Interrupts(), Leases(tmp_path, plan.name))
+    run.recorder = Deaf()
+    first, second, third = plan.trials
+    for trial in (first, second):
+        run._write_beginning(trial)
+    assert run._done_before() == {}
+    run._ended(first, None)
+    run._abandon(second)
+    (plan.store / third.name).write_text("no folder can be here")
+    assert not run._begin(third, None)
+    told = [(result.trial, result.state, result.reason) for result in view.results]
+    away = "what it has left cannot be read: TimeoutError: the read timed out"
+    assert told[:2] == [(first, "failed", away), (second, "failed", away)]
+    assert told[2][:2] == (third, "failed")
+    assert told[2][2].startswith("cannot begin: ")
+
+
+@pytest.mark.usefixtures("storage_away")
+@pytest.mark.parametrize("fails", ["acquire", "fit"])
+def test_nor_the_sweep(tmp_path, monkeypatch, fails):
+    plan = sample_plan(tmp_path)
+    trial = plan.trials[0]
+    note(plan, trial, "running")
+
+    class Acquire:
+        @staticmethod
+        def remote(_):
+            if fails == "acquire":
+                raise TimeoutError("the read timed out")
+            return True
+
+    monkeypatch.setattr("orchestrator.search.fit", lambda *_, **_more: None)
+    searcher = SimpleNamespace(acquire=Acquire)
+    reason = train_leased(SimpleNamespace(plan=plan), trial, searcher, train)
+    assert reason.endswith("TimeoutError: the read timed out")
+
+
+def test_the_end_of_the_foreman_is_told_in_one_line():
+    with pytest.raises(ForemanLost, match=r"drives the trials has died: .* the same command goes"):
+        raise_asking(ray.exceptions.RayActorError())
+    with pytest.raises(ForemanLost, match="drives the trials: ValueError: no such metric: "):
+        raise_asking(ray.exceptions.RayTaskError("search", "", ValueError("no such metric")))
+
+
+def raise_asking(error):
+    with foreman_needed():
+        raise error
 
 
 def test_a_failure_is_told_in_one_line():
