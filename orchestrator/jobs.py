@@ -173,13 +173,13 @@ def _fit(
 ) -> str | None:
     import ray.train
 
-    from orchestrator.storage import Storage
+    from orchestrator.storage import Storage, patiently
 
     storage = Storage.of(plan)
     attempts, reached = ATTEMPTS, 0
     while True:
         workers = _wait_for_room(plan, trial, board)
-        storage.make_ready(trial.name)
+        patiently(partial(storage.make_ready, trial.name))
         try:
             trainer = _trainer(
                 plan, trial, board, loop, callbacks=callbacks, workers=workers, until=until

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from laboratory import Laboratory, descendants
+from laboratory import PATIENCE, Laboratory, descendants
 
 from codetr.checkpoint import load_checkpoint
 from orchestrator.plan import slug
@@ -32,6 +33,10 @@ profiles:
   laptop: {{about: as small as can be}}
 """
 """Both arms train at the same time, each with one worker."""
+
+LONG_STEPS = 200
+LONG = re.sub(r"epochs: \d+", "epochs: 2", EXPERIMENT).replace("epochs: [9]", "epochs: [1]")
+"""Epochs of so many steps take many times as long as to leave one."""
 
 SAME = ("arm", "seed", "AP", "AP50", "AP75", "epochs", "status", "trial_id")
 """Columns of the table that a fault must not change; seconds are another matter."""
@@ -74,8 +79,15 @@ class FaultLaboratory(Laboratory):
 
     def log(self, arm: str, name: str = "tiny") -> str:
         """What the workers of an arm's trial have said."""
-        (file,) = (self.output / name / "trials").glob(f"{slug(arm)}.*/log.txt")
-        return file.read_text()
+        files = [*(self.output / name / "trials").glob(f"{slug(arm)}.*/log.txt")]
+        return "".join(file.read_text() for file in files)
+
+    def wait_for(self, arm: str, said: str, name: str = "tiny") -> None:
+        """Until the workers of the arm's trial have said that."""
+        deadline = time.monotonic() + PATIENCE
+        while said not in self.log(arm, name):
+            assert time.monotonic() < deadline, self.log(arm, name)
+            time.sleep(0.2)
 
     def require_gone_on(self, before: list[str]) -> None:
         """Trials were started again, and none has trained again what was in safety: whoever starts
@@ -93,7 +105,7 @@ class FaultLaboratory(Laboratory):
             trained = [int(epoch) for epoch in re.findall(rf"epoch (\d+)/{EPOCHS}, step", log)]
             assert [n for n in trained if n <= safe[arm]] == [*range(1, safe[arm] + 1)], log
 
-    def require_each_epoch_once(self, uri: str | None = None) -> None:
+    def require_each_epoch_once(self, uri: str | None = None, epochs: int = EPOCHS) -> None:
         """Two runs, finished, with every epoch once and in order."""
         client, (_, runs) = self.client(uri), self.runs(uri=uri)
         assert sorted(run.data.tags["arm"] for run in runs) == ["K=0", "K=1"]
@@ -101,7 +113,7 @@ class FaultLaboratory(Laboratory):
         for run in runs:
             for metric in ("train/total", "val/AP"):
                 points = client.get_metric_history(run.info.run_id, metric)
-                assert [point.step for point in points] == [*range(1, EPOCHS + 1)]
+                assert [point.step for point in points] == [*range(1, epochs + 1)]
 
 
 def fingerprint(folder: Path) -> str:

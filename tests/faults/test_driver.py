@@ -11,7 +11,7 @@ pytestmark = pytest.mark.faults
 
 def test_a_killed_driver_is_gone_on_with(laboratory, undisturbed):
     process = laboratory.start()
-    read_until(process, r"K=1, seed 0: epoch 2/")
+    before = read_until(process, r"K=1, seed 0: epoch 2/")
     started = descendants(process)
     process.kill()
     finish(process)
@@ -23,6 +23,7 @@ def test_a_killed_driver_is_gone_on_with(laboratory, undisturbed):
     assert code == 0, out
     assert laboratory.outcome() == undisturbed
     laboratory.require_each_epoch_once()
+    laboratory.require_gone_on(before)
     client = laboratory.client()
     experiment = client.get_experiment_by_name("tiny")
     parents = {

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 
 import pytest
-from fault_laboratory import FaultLaboratory
+from fault_laboratory import EPOCHS, FaultLaboratory
 from laboratory import finish, read_until
 from ray_nodes import Place, RayNodes, on_loopback
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
+MANY = 40
 FIRST, SECOND, LATER = (on_loopback(number) for number in (2, 3, 4))
 
 
@@ -40,9 +41,9 @@ def undisturbed_pair(folder):
         laboratory.clean()
 
 
-def start(laboratory, nodes, *more):
+def start(laboratory, nodes, *more, **how):
     laboratory.environment = nodes.environment
-    return laboratory.start("--address", nodes.address, *more)
+    return laboratory.start("--address", nodes.address, *more, **how)
 
 
 def notes(laboratory) -> str:
@@ -53,51 +54,68 @@ def notes(laboratory) -> str:
 def test_a_lost_node_changes_nothing(laboratory, undisturbed, nodes):
     """The trial that was there goes on once the other one has left its node."""
     process = start(laboratory, nodes)
-    read_until(process, r"epoch 2/")
+    before = read_until(process, r"epoch 2/")
     nodes.kill(SECOND)
     code, out = finish(process)
     assert code == 0, out
     assert laboratory.outcome() == undisturbed
     laboratory.require_each_epoch_once()
+    laboratory.require_gone_on(before)
 
 
 def test_workers_on_two_nodes_wait_for_another(laboratory, undisturbed_pair, nodes):
     """One of a trial's two workers is lost; the trial goes on when a new node has come."""
     process = start(laboratory, nodes, "--workers", "2")
-    read_until(process, r"epoch 2/")
+    before = read_until(process, r"epoch 2/")
     nodes.kill(SECOND)
     nodes.add(LATER)
     code, out = finish(process)
     assert code == 0, out
     assert laboratory.outcome() == undisturbed_pair.outcome()
     laboratory.require_each_epoch_once()
+    laboratory.require_gone_on(before)
 
 
 def test_a_range_of_workers_shrinks_and_grows(laboratory, undisturbed_pair, nodes):
-    """What is computed stays the same but for rounding, as the first epochs show."""
-    process = start(laboratory, nodes, "--workers", "1-2")
+    """What is computed stays the same but for rounding, as the first epochs show. There are enough
+    of them that the trial is still at work when the new node has come."""
+    process = start(laboratory, nodes, "--workers", "1-2", "--set", f"epochs={MANY}")
     read_until(process, r"epoch 2/")
     nodes.kill(SECOND)
-    read_until(process, r"epoch [34]/")
+    laboratory.wait_for("K=1", " 1 worker(s)\n")
     nodes.add(LATER)
     code, out = finish(process)
     assert code == 0, out
-    laboratory.require_each_epoch_once()
+    laboratory.require_each_epoch_once(epochs=MANY)
     told = notes(laboratory)
     assert re.search(r"1 of 2 workers, in 2 part\(s\) of their shares", told), told
+    sizes = [int(n) for n in re.findall(r" (\d) worker\(s\)\n", laboratory.log("K=1"))]
+    assert sizes == [2, 1, 2], "it shrinks, and takes the new node"
     losses, expected = (each.losses() for each in (laboratory, undisturbed_pair))
     for arm, of_arm in expected.items():
-        assert losses[arm] == pytest.approx(of_arm, rel=1e-2), arm
+        assert losses[arm][:EPOCHS] == pytest.approx(of_arm, rel=1e-2), arm
 
 
-def test_before_a_node_is_taken_away_its_trial_saves(laboratory, undisturbed, nodes):
-    process = start(laboratory, nodes)
-    read_until(process, r"epoch 2/")
-    nodes.drain(SECOND, seconds=20)
-    code, out = finish(process)
-    assert code == 0, out
-    assert laboratory.outcome() == undisturbed
-    laboratory.require_each_epoch_once()
+def test_before_a_node_is_taken_away_its_trial_saves(
+    long_folder, undisturbed_long, nodes, tmp_path
+):
+    laboratory = FaultLaboratory(long_folder, tmp_path / "runs")
+    try:
+        process = start(laboratory, nodes, experiment="long.yaml")
+        for arm in ("K=0", "K=1"):
+            laboratory.wait_for(arm, " 1 worker(s)\n", "long")
+        nodes.drain(SECOND, seconds=20)
+        code, out = finish(process)
+        assert code == 0, out
+        assert laboratory.outcome("long") == undisturbed_long
+        logs = [laboratory.log(arm, "long") for arm in ("K=0", "K=1")]
+        # In the middle of an epoch, and nothing was trained again.
+        saved = [re.search(r"saved before epoch \d, step (\d+),", log) for log in logs]
+        assert any(found and int(found[1]) > 1 for found in saved), logs
+        for log in logs:
+            assert [log.count(f"epoch {n}/2, step") for n in (1, 2)] == [1, 1], log
+    finally:
+        laboratory.clean()
 
 
 # ------------------------------------------------------------------------------- network namespaces
@@ -153,11 +171,12 @@ def test_a_lost_machine_changes_nothing(laboratory, undisturbed, namespaces):
         nodes.add(first)
         nodes.add(second)
         process = start(laboratory, nodes)
-        read_until(process, r"epoch 2/")
+        before = read_until(process, r"epoch 2/")
         nodes.kill(second)
         code, out = finish(process)
         assert code == 0, out
         assert laboratory.outcome() == undisturbed
         laboratory.require_each_epoch_once()
+        laboratory.require_gone_on(before)
     finally:
         nodes.stop()
