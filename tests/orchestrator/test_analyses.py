@@ -212,7 +212,12 @@ def test_pages_of_a_run(plan):
         at_end._keep(look, fake_measurement(look))
     files = at_end.write(plan, results)
     names = [path.name for path in files]
-    assert names == ["analysis.md", "by_k.png", "instability.md", "instability.png"]
+    assert names == [
+        "analysis.md", "by_k.png", "instability.md", "instability.png", "instability.csv"
+    ]  # fmt: skip
+    rows = files[-1].read_text().splitlines()
+    assert rows[1] == 'K=0,"K=0, seed 0",2,0.5,2.0'
+    assert len(rows) == 1 + 6 * 3
     assert len(heard.said) == 4
     overview = files[0].read_text()
     assert "**Failed:** the page of conflicts: KeyError" in overview
