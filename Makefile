@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ABLATIONS := ablation-k-to-6 ablation-heads ablation-components ablation-lambda
-BENCHMARKS := deformable_operator detector_step step_profile evaluation loading scaling orchestration
+BENCHMARKS := deformable_operator detector_step step_profile evaluation analyses loading scaling orchestration
 
 # Half of the demo's epochs: EPOCHS=8 DROP=7 for all of them.
 EPOCHS ?= 4

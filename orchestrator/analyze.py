@@ -56,14 +56,14 @@ def analyze_checkpoints(
     checkpoints = [_load(place) for place in places]
     kind.check(checkpoints)
     labels = default_labels(checkpoints)
-    for checkpoint in checkpoints:  # the last may not fit: better known before the first is seen
-        dataset = _open(kind, checkpoint, data)
+    datasets = [_open(kind, checkpoint, data) for checkpoint in checkpoints]
+    # The last may not fit: better known before the first is seen.
+    for checkpoint, dataset in zip(checkpoints, datasets, strict=True):
         dataset.classes.require_same(
             checkpoint.classes, str(dataset.annotations), checkpoint.source
         )
     measurements = []
-    for checkpoint, (label, group) in zip(checkpoints, labels, strict=True):
-        dataset = _open(kind, checkpoint, data)
+    for checkpoint, dataset, (label, group) in zip(checkpoints, datasets, labels, strict=True):
 
         def on_images(done: int, total: int, label: str = label) -> None:
             if progress:
@@ -81,12 +81,13 @@ def analyze_checkpoints(
             )
         )
     try:
-        written = kind.report(measurements, output, paper_tables())
+        saved: list[Path] = []
         for number, measurement in enumerate(measurements, start=1):
-            written += measurement.save(output / f"{number}")
+            saved += measurement.save(output / f"{number}")
+        # What took long to find is safe before it is drawn.
+        return kind.report(measurements, output, paper_tables()) + saved
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
-    return written
 
 
 def _open(kind: type[Analysis], checkpoint: AnyCheckpoint, data: str) -> CocoDataset:

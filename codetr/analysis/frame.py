@@ -272,7 +272,7 @@ class Analysis(ABC):
             paper: see :data:`Tables`.
 
         Returns:
-            The page, and then the pictures.
+            The page, then the pictures, and then what else there is.
         """
 
 

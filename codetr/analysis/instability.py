@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,8 +69,9 @@ class Course:
 
 
 class Instability(Analysis):
-    """Notes which query each object is matched with; the numbers come from comparing checkpoints
-    of one training, one after the other. ``matched``: share of the objects that have a query."""
+    """Notes which query each object is matched with; ``matched``: share of the objects that have a
+    query. The numbers of interest come from comparing checkpoints of one training, one after the
+    other: the report writes them into ``instability.csv``."""
 
     name = "instability"
 
@@ -166,7 +168,7 @@ def _matches(measurement: Measurement) -> Matches:
 
 
 def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Path]:
-    """The page and the picture of these trainings.
+    """The page, the picture and the numbers of these trainings.
 
     Args:
         about: on what they were looked at, in a sentence.
@@ -193,7 +195,20 @@ def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Pa
             "the encoder's token that it was selected from.",
         ],
     )
-    return [page, drawn]
+    return [page, drawn, _write_numbers(found, folder)]
+
+
+def _write_numbers(found: Sequence[Course], folder: Path) -> Path:
+    """``instability.csv``: a row for each training and epoch, unrounded."""
+    path = folder / f"{Instability.name}.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["group", "training", "epoch", *QUANTITIES])
+        for course in found:
+            for epoch, change in sorted(course.changes.items()):
+                numbers = [getattr(change, name) for name in QUANTITIES]
+                rows.writerow([course.group, course.label, epoch, *numbers])
+    return path
 
 
 def _table(by_group: Mapping[str, Sequence[Course]], name: str) -> str:

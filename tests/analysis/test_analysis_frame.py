@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -147,7 +148,15 @@ def test_instability_compares_epochs_of_one_training(data, tmp_path) -> None:
     assert [course.group for course in courses(found)] == ["K=1 atss (1)", "K=1 atss (2)"]
     for arrays in (found[2].arrays, found[4].arrays):
         arrays["training"] = np.array(str(arrays["training"]).removeprefix("other "))
-    page, picture = Instability.report(found, tmp_path, {})
+    page, picture, numbers = Instability.report(found, tmp_path, {})
+    with numbers.open() as file:
+        head, *lines = csv.reader(file)
+    assert head == ["group", "training", "epoch", "changed", "per_image"]
+    assert [(label, int(e), float(a), float(b)) for _, label, e, a, b in lines] == [
+        (course.label, epoch, change.changed, change.per_image)
+        for course in courses(found)
+        for epoch, change in course.changes.items()
+    ]
     rows = re.findall(r"^\| (\d) \| (\S+)( \(\S+ to \S+\))? \|$", page.read_text(), re.MULTILINE)
     shares, queries = rows[:2], rows[2:]
     means = (first.changes[2].changed + second.changes[2].changed) / 2, first.changes[3].changed

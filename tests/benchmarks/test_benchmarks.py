@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import analyses
 import deformable_operator
 import detector_step
 import detectors
@@ -23,6 +24,7 @@ import torch
 from elsewhere import Elsewhere
 from frame import Disagreement, Report
 
+from codetr.analysis import CATALOGUE
 from codetr.metrics import evaluate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -175,6 +177,18 @@ def test_loading_with_other_transforms(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(loading, "open_theirs", other)
     with pytest.raises(Disagreement, match="pixels of ours and of torchvision"):
         run(monkeypatch, loading, tmp_path, *IMAGES)
+
+
+# --------------------------------------------------------------------------------------- analyses
+
+
+def test_analyses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ("--images", "2", "--image-side", "64", "--queries", "10", "12")
+    (content,) = run(monkeypatch, analyses, tmp_path, *words)
+    assert [*content["measured"]] == ["10 queries", "12 queries"]
+    assert content["agreement"]["10 queries"]["metrics"]["difference"] == 0
+    contenders = {analyses.PEER, "with the matching", *CATALOGUE}
+    assert content["measured"]["12 queries"]["medians"].keys() == contenders
 
 
 # ---------------------------------------------------------------------------------------- scaling

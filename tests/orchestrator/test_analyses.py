@@ -21,6 +21,7 @@ from codetr.zoo.files import convert
 from orchestrator import analyses, cli
 from orchestrator.analyses import Analyses, Look, courses, measure_trial, possible_looks
 from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of, quantities
+from orchestrator.analyze import _open
 from orchestrator.experiment import load_experiment
 from orchestrator.interrupt import Interrupts
 from orchestrator.plan import Options, make_plan
@@ -212,7 +213,12 @@ def test_pages_of_a_run(plan):
         at_end._keep(look, fake_measurement(look))
     files = at_end.write(plan, results)
     names = [path.name for path in files]
-    assert names == ["analysis.md", "by_k.png", "instability.md", "instability.png"]
+    assert names == [
+        "analysis.md", "by_k.png", "instability.md", "instability.png", "instability.csv"
+    ]  # fmt: skip
+    rows = files[-1].read_text().splitlines()
+    assert rows[1] == 'K=0,"K=0, seed 0",2,0.5,2.0'
+    assert len(rows) == 1 + 6 * 3
     assert len(heard.said) == 4
     overview = files[0].read_text()
     assert "**Failed:** the page of conflicts: KeyError" in overview
@@ -336,6 +342,29 @@ def test_command(analyze, tmp_path, name, given):
     assert all((tmp_path / "out" / path).exists() for path in written)
     numbers = json.loads((tmp_path / "out" / "1" / f"{name}.json").read_text())
     assert numbers["facts"]["images"] == 4
+
+
+def test_what_was_found_is_saved_before_it_is_drawn(analyze, tmp_path):
+    """Where the page cannot be written."""
+    (tmp_path / "out" / "queries.md").mkdir(parents=True)
+    code, _, err = analyze("queries", "k1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--output: cannot write" in err
+    assert (tmp_path / "out" / "1" / "queries.json").exists()
+    assert (tmp_path / "out" / "1" / "queries.npz").exists()
+
+
+def test_each_detector_opens_the_data_once(analyze, monkeypatch):
+    opened = []
+
+    def counting(*arguments):
+        opened.append(arguments)
+        return _open(*arguments)
+
+    monkeypatch.setattr("orchestrator.analyze._open", counting)
+    code, _, err = analyze("discriminability", "k0", "k1")
+    assert code == 0, err
+    assert len(opened) == 2
 
 
 def test_weights_tell_what_their_checkpoint_tells(analyze, tmp_path):
