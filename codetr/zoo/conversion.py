@@ -17,7 +17,7 @@ from codetr.backbones.names import COUNTERS
 from codetr.checkpoint import CheckpointError, without_download
 from codetr.config import DataConfig, DetectorConfig
 from codetr.detector import CoDETR
-from codetr.zoo.backbone_names import derived_buffers
+from codetr.zoo.backbone_names import canvas_rotations, derived_buffers
 from codetr.zoo.catalogue import Entry, entry
 from codetr.zoo.measure import on_meta
 from codetr.zoo.official import from_official_names, to_official_names
@@ -181,10 +181,14 @@ def _require_complete(
 
 
 def _require_derived(state: Mapping[str, Tensor], config: DetectorConfig) -> None:
-    """What follows from the configuration must be in the file as it follows."""
-    for name, value in derived_buffers(config).items():
+    """What follows from the configuration must be in the file as it follows, to its precision."""
+    for name, value in (derived_buffers(config) | canvas_rotations(state, config)).items():
         given = state.get(name)
         if given is None or given.is_meta:
             continue
-        if not torch.allclose(given.double(), value.double(), atol=1e-4):
+        # Rotations lie in [-1, 1], where the half types keep three digits.
+        precise = given.dtype not in (torch.float16, torch.bfloat16)
+        atol = 1e-4 if precise else torch.finfo(given.dtype).eps
+        same_shape = given.shape == value.shape
+        if not same_shape or not torch.allclose(given.double(), value.double(), atol=atol, rtol=0):
             raise CheckpointError(f"{name} has other values than those that its detector implies")

@@ -212,6 +212,40 @@ def test_derived_buffers_must_be_what_they_are_derived_to() -> None:
         import_official(official)
 
 
+@pytest.fixture(scope="module")
+def vit_on_a_canvas() -> dict[str, torch.Tensor]:
+    """The record model on LVIS, which also stores the rotations of its canvas' 96 x 96 cells:
+    computed here as the original does, with meta tensors for all else."""
+    config = codetr.zoo.detector_config("co-dino-5scale-vit-l-lvis")
+    official = export_official(on_meta(config).state_dict(), config)
+    for name, value in derived_buffers(config).items():
+        official[name] = value
+    rates = 1 / 10000 ** (torch.arange(0, 32, 2)[:16].float() / 32)
+    angles = ((torch.arange(96) / 96 * 16)[:, None] * rates).repeat_interleave(2, dim=-1)
+    rows, columns = angles[:, None].expand(-1, 96, -1), angles[None].expand(96, -1, -1)
+    of_cells = torch.cat((rows, columns), dim=-1).flatten(0, 1)
+    for owner in ("rope_glb", "blocks.2.attn.rope"):
+        official[f"backbone.{owner}.freqs_cos"] = of_cells.cos()
+        official[f"backbone.{owner}.freqs_sin"] = of_cells.sin()
+    return official
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rotations_of_windows_and_canvas_in_any_precision(
+    vit_on_a_canvas: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    official = {n: v.to(dtype) if "freqs" in n else v for n, v in vit_on_a_canvas.items()}
+    imported = import_official(official)
+    assert imported.dropped["backbone.rope_glb.freqs_sin"] == DERIVED
+    name = "backbone.rope_glb.freqs_sin"
+    for other in (torch.full_like(official[name], 7.0), official[name][:, :-1], official[name][1:]):
+        with pytest.raises(CheckpointError, match=f"{name} has other values"):
+            import_official(official | {name: other})
+    name = "backbone.rope_win.freqs_cos"
+    with pytest.raises(CheckpointError, match=f"{name} has other values"):
+        import_official(official | {name: official[name] + 0.05})
+
+
 @pytest.mark.parametrize(
     ("state", "what"),
     [
