@@ -154,7 +154,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = path / FILE_NAME if path.is_dir() else path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        intact = zipfile.ZipFile(path).testzip() is None  # torch itself compares no checksums
+        with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
+            intact = archive.testzip() is None
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch looks for the end of an archive before a short file
             raise DamagedCheckpointError(_why_unreadable(path)) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from timm.layers import RotaryEmbeddingCat
 from timm.models.swin_transformer import get_relative_position_index
@@ -27,7 +28,7 @@ PREFIXES = ("backbone.", "neck.")
 _AFFINE = ("weight", "bias")
 
 # Models trained on one canvas (LVIS) also store the rotations of all its cells. They are those that
-# we compute for an image of that size, and are not exported again.
+# we compute for an image of that size (see canvas_rotations), and are not exported again.
 _ROPE = re.compile(r"backbone\.(rope_(win|glb)|blocks\.\d+\.attn\.rope)\.freqs_(cos|sin)")
 
 
@@ -101,12 +102,29 @@ def derived_buffers(config: DetectorConfig) -> State:
     if isinstance(backbone, SwinConfig):
         values["index"] = get_relative_position_index(backbone.window, backbone.window)
     elif isinstance(backbone, VitConfig):
-        grid, window = (ROPE_GRID, ROPE_GRID), (backbone.window, backbone.window)
-        rope = RotaryEmbeddingCat(
-            HEAD_CHANNELS, in_pixels=False, feat_shape=None, ref_feat_shape=grid
-        )
-        values["sin"], values["cos"] = rope.get_embed(window).chunk(2, dim=-1)
+        values = _rotations(backbone.window)
     return {name: values[kind].clone() for name, kind in derived_buffer_names(config).items()}
+
+
+def canvas_rotations(state: Mapping[str, Tensor], config: DetectorConfig) -> State:
+    """What the rotations in a state must be that are none of the :func:`derived_buffers`: those of
+    the blocks that attend to the whole of a square canvas, which has as many cells as they."""
+    derived = derived_buffer_names(config)
+    found = {name: _ROPE.fullmatch(name) for name in state if name not in derived}
+    return {
+        name: _rotations(round(len(state[name]) ** 0.5))[match[3]]
+        for name, match in found.items()
+        if match
+    }
+
+
+@cache
+def _rotations(side: int) -> State:
+    """``cos`` and ``sin`` (side², channels) of every cell of a square."""
+    grid = (ROPE_GRID, ROPE_GRID)
+    rope = RotaryEmbeddingCat(HEAD_CHANNELS, in_pixels=False, feat_shape=None, ref_feat_shape=grid)
+    sin, cos = rope.get_embed((side, side)).chunk(2, dim=-1)
+    return {"sin": sin, "cos": cos}
 
 
 def _channel_mapper(config: DetectorConfig) -> Names:

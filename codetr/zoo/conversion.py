@@ -17,11 +17,11 @@ from codetr.backbones.names import COUNTERS
 from codetr.checkpoint import CheckpointError, without_download
 from codetr.config import DataConfig, DetectorConfig
 from codetr.detector import CoDETR
-from codetr.zoo.backbone_names import derived_buffers
+from codetr.zoo.backbone_names import canvas_rotations, derived_buffers
 from codetr.zoo.catalogue import Entry, entry
 from codetr.zoo.measure import on_meta
 from codetr.zoo.official import from_official_names, to_official_names
-from codetr.zoo.recognition import fitting, recognise
+from codetr.zoo.recognition import Shapes, class_count, fitting, recognise
 
 State = dict[str, Tensor]
 
@@ -88,9 +88,8 @@ def import_official(
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     dropped = {key: why for key in state if (why := _why_dropped(key)) is not None}
-    recognised = recognise({key: tuple(value.shape) for key, value in state.items()})
-    fits = [entry(name)] if name is not None else _told_by(file_name, fitting(recognised))
-    config = _config(recognised, fits)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    config, fits = _named(name, shapes) if name is not None else _recognised(shapes, file_name)
     expected = _expected(config)
     _require_complete(state, dropped, expected)
     _require_derived(state, config)
@@ -124,15 +123,25 @@ def export_official(state: Mapping[str, Tensor], config: DetectorConfig) -> Stat
         ) from None
 
 
-def _told_by(file_name: str, fits: list[Entry]) -> list[Entry]:
-    """Of detectors with the same shapes the one whose checkpoints are named so; else all."""
-    return [fit for fit in fits if file_name in fit.official] or fits
+def _named(name: str, shapes: Shapes) -> tuple[DetectorConfig, list[Entry]]:
+    """The zoo's detector of that name, with the classes of a state of these shapes; whether it is
+    that is not asked."""
+    try:
+        count = {"num_classes": class_count(shapes)}
+    except KeyError:
+        count = {}  # it will be missed with all else that is missing
+    return entry(name).config.model_copy(update=count), [entry(name)]
 
 
-def _config(recognised: DetectorConfig, fits: list[Entry]) -> DetectorConfig:
+def _recognised(shapes: Shapes, file_name: str) -> tuple[DetectorConfig, list[Entry]]:
+    """The detector of these shapes, and those of the zoo that have them: where there are several,
+    and the checkpoints of one are named so, that one."""
+    read = recognise(shapes)
+    fits = fitting(read)
+    fits = [fit for fit in fits if file_name in fit.official] or fits
     if not fits:
-        return recognised
-    return fits[0].config.model_copy(update={"num_classes": recognised.num_classes})
+        return read, []
+    return fits[0].config.model_copy(update={"num_classes": read.num_classes}), fits
 
 
 def _why_dropped(name: str) -> str | None:
@@ -172,10 +181,14 @@ def _require_complete(
 
 
 def _require_derived(state: Mapping[str, Tensor], config: DetectorConfig) -> None:
-    """What follows from the configuration must be in the file as it follows."""
-    for name, value in derived_buffers(config).items():
+    """What follows from the configuration must be in the file as it follows, to its precision."""
+    for name, value in (derived_buffers(config) | canvas_rotations(state, config)).items():
         given = state.get(name)
         if given is None or given.is_meta:
             continue
-        if not torch.allclose(given.double(), value.double(), atol=1e-4):
+        # Rotations lie in [-1, 1], where the half types keep three digits.
+        precise = given.dtype not in (torch.float16, torch.bfloat16)
+        atol = 1e-4 if precise else torch.finfo(given.dtype).eps
+        same_shape = given.shape == value.shape
+        if not same_shape or not torch.allclose(given.double(), value.double(), atol=atol, rtol=0):
             raise CheckpointError(f"{name} has other values than those that its detector implies")

@@ -129,8 +129,10 @@ def _plain(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_numbers()):
             content = torch.load(file, map_location="cpu", weights_only=True)
-        # torch itself compares no checksums.
-        damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is not None
+        damaged = False
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:  # torch itself compares no checksums
+                damaged = archive.testzip() is not None
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

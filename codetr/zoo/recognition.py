@@ -3,6 +3,9 @@
 Shapes say all but a few things: how many attention heads there are (8 in every official
 configuration), the units of the second stage's deltas, and what has no parameters, as Soft-NMS.
 These come from the parts that the detectors of the zoo are composed of.
+
+Which parts there are is read off the beginnings of names, so that one name that is missing cannot
+make another detector of it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ _RESNETS: dict[tuple[int, ...], dict[bool, str]] = {
 }
 """By the blocks of their stages, and whether these are bottlenecks."""
 _QUERY_HEAD = "query_head.transformer"
+_HEAD_EMBEDDING = f"{_QUERY_HEAD}.head_pos_embed.weight"
 
 
 def recognise(shapes: Shapes) -> DetectorConfig:
@@ -53,6 +57,15 @@ def fitting(config: DetectorConfig) -> list[Entry]:
     return [e for e in found if CLASSES[e.data] == config.num_classes] or found
 
 
+def class_count(shapes: Shapes) -> int:
+    """Number of classes.
+
+    Raises:
+        KeyError: names what would say it.
+    """
+    return shapes["query_head.cls_branches.0.weight"][0]
+
+
 def _shape(config: DetectorConfig) -> Any:
     """What of the configuration decides names and shapes."""
     training = {"pretrained", "weights", "frozen_stages", "frozen_norm", "drop_path"}
@@ -67,7 +80,7 @@ def _shape(config: DetectorConfig) -> Any:
 
 
 def _settings(shapes: Shapes) -> Settings:
-    dino = f"{_QUERY_HEAD}.query_embed.weight" in shapes
+    dino = _any(shapes, f"{_QUERY_HEAD}.query_embed", f"{_QUERY_HEAD}.decoder.ref_point_head")
     content = f"{_QUERY_HEAD}.query_embed" if dino else "query_head.query_embedding"
     levels, channels = shapes[f"{_QUERY_HEAD}.level_embeds"]
     _ = shapes[f"{_QUERY_HEAD}.enc_output.weight"]  # every official detector has two stages
@@ -80,7 +93,7 @@ def _settings(shapes: Shapes) -> Settings:
     for name in parts[1:]:
         merged = merge(merged, part(name).settings)
     measured: Settings = {
-        "num_classes": shapes["query_head.cls_branches.0.weight"][0],
+        "num_classes": class_count(shapes),
         "backbone": backbone,
         "transformer": _transformer(shapes, levels, channels),
         "queries": {"count": shapes[f"{content}.weight"][0]},
@@ -88,9 +101,10 @@ def _settings(shapes: Shapes) -> Settings:
     }
     if heads:
         measured["positive_queries"] = {
-            "enabled": f"{_QUERY_HEAD}.aux_pos_trans.0.weight" in shapes,
-            "features": f"{_QUERY_HEAD}.pos_feats_trans.0.weight" in shapes,
-            "official_defects": f"{_QUERY_HEAD}.head_pos_embed.weight" in shapes,
+            "enabled": _any(shapes, f"{_QUERY_HEAD}.aux_pos_trans"),
+            "features": _any(shapes, f"{_QUERY_HEAD}.pos_feats_"),
+            # One scalar for each head, where the decoder does not compute positions.
+            "official_defects": not dino and shapes.get(_HEAD_EMBEDDING, (0, 1))[1] == 1,
         }
     return with_heads(merge(merged["detector"], measured), merged["heads"], "recognised as")
 
@@ -113,15 +127,15 @@ def _transformer(shapes: Shapes, levels: int, channels: int) -> Settings:
 
 
 def _backbone(shapes: Shapes) -> Settings:
-    if "backbone.pos_embed" in shapes:
+    if _any(shapes, "backbone.pos_embed", "backbone.blocks."):
         return _vit(shapes)
     stages = _count(shapes, r"neck\.convs\.(\d+)\.")
     outputs = list(range(5 - stages, 5))
-    if "backbone.patch_embed.proj.weight" in shapes:
+    if _any(shapes, "backbone.layers."):
         return {**_swin(shapes), "stages": outputs}
     width = shapes["backbone.conv1.weight"][0]
     blocks = tuple(_count(shapes, rf"backbone\.layer{n}\.(\d+)\.") for n in range(1, 5))
-    bottleneck = "backbone.layer1.0.conv3.weight" in shapes
+    bottleneck = any(re.match(r"backbone\.layer\d+\.\d+\.(conv|bn)3\.", name) for name in shapes)
     name = _RESNETS.get(blocks, {}).get(bottleneck)
     if name is None:
         raise CheckpointError(f"no known ResNet has {blocks} blocks in its stages")
@@ -137,23 +151,35 @@ def _swin(shapes: Shapes) -> Settings:
         sizes = SwinConfig.model_validate({"name": name})
         if (sizes.width, list(sizes.depths)) == (width, depths):
             return {"name": name, "window": window}
-    return {"name": "swin_tiny", "width": width, "depths": depths, "window": window}
+    raise CheckpointError(f"no known Swin has {width} channels and {depths} blocks in its stages")
 
 
 def _vit(shapes: Shapes) -> Settings:
     _, positions, width = shapes["backbone.pos_embed"]
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
     cells = shapes["backbone.rope_win.freqs_cos"][0]
-    # The first block that does not attend within windows.
-    whole = next((n for n in range(depth) if _rotations(shapes, n) != cells), depth - 1)
     return {
         "name": "eva02_large",
         "width": width,
         "depth": depth,
         "window": round(cells**0.5),
-        "global_every": whole + 1,
+        "global_every": _global_every(shapes, depth, cells),
         "position_grid": round((positions - 1) ** 0.5),
     }
+
+
+def _global_every(shapes: Shapes, depth: int, cells: int) -> int:
+    """Every so manieth block attends to the whole map; the others have the rotations of a window's
+    cells."""
+    whole = {block for block in range(depth) if _rotations(shapes, block) != cells}
+
+    def others(every: int) -> set[int]:
+        return whole.symmetric_difference(range(every - 1, depth, every))
+
+    every = min(range(1, depth + 1), key=lambda every: len(others(every)))
+    if wrong := others(every):
+        raise KeyError(f"backbone.blocks.{min(wrong)}.attn.rope.freqs_cos")
+    return every
 
 
 def _rotations(shapes: Shapes, block: int) -> int | None:
@@ -168,7 +194,7 @@ def _rotations(shapes: Shapes, block: int) -> int | None:
 def _heads(shapes: Shapes, channels: int) -> list[Settings]:
     """The original numbers the RoI heads first."""
     heads = []
-    if "rpn_head.rpn_conv.weight" in shapes:
+    if _any(shapes, "rpn_head.", "roi_head."):
         heads.append(_faster_rcnn(shapes, channels))
     for number in range(_count(shapes, r"bbox_head\.(\d+)\.")):
         _ = shapes[f"bbox_head.{number}.atss_cls.weight"]  # the only dense head known
@@ -193,6 +219,11 @@ def _faster_rcnn(shapes: Shapes, channels: int) -> Settings:
             **plain,
         },
     }
+
+
+def _any(names: Collection[str] | Shapes, *beginnings: str) -> bool:
+    """Does any of the names begin so?"""
+    return any(name.startswith(beginnings) for name in names)
 
 
 def _count(names: Collection[str] | Shapes, pattern: str) -> int:

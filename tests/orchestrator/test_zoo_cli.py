@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_training import start, tiny_detector, tiny_training
 
 from codetr import CoDETR
 from codetr.checkpoint import save_checkpoint
-from codetr.config import DataConfig
+from codetr.config import DataConfig, DetectorConfig
 from codetr.data import Classes
 from codetr.data.digits import make_digits
 from codetr.metrics import Metrics, evaluate
@@ -27,7 +30,7 @@ from codetr.zoo.catalogue import detector_config, entry, names
 from codetr.zoo.files import Report
 from orchestrator import cli
 from orchestrator.use import image_files
-from orchestrator.zoo_console import show_conversion
+from orchestrator.zoo_console import image_progress, show_conversion
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Command = Callable[..., tuple[int, str, str]]
@@ -317,6 +320,45 @@ def test_a_broken_frame_is_named_before_anything_is_written(
     assert code == 2
     assert "2.png: cannot be decoded" in err
     assert not (tmp_path / "found").exists()
+
+
+def test_a_bar_tells_what_is_done_and_is_gone_in_the_end() -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    with image_progress(console) as report:
+        for done in (1, 2):
+            report("reading", done, 2)
+        report("detecting", 1, 2)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"reading .*2/2", shown)
+    assert re.search(r"detecting .*1/2", shown)
+    assert shown.endswith("\x1b[2K")  # the line is erased
+    file = StringIO()
+    with image_progress(Console(file=file)) as report:  # nobody looks
+        report("reading", 1, 2)
+    assert not file.getvalue().strip()
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "eva02_large"])
+def test_predict_with_a_small_swin_and_a_small_vit(
+    name: str, command: Command, tmp_path: Path
+) -> None:
+    sizes = {
+        "swin_tiny": {"width": 32, "depths": [1, 1, 1, 1], "window": 4, "stages": [2, 3, 4]},
+        "eva02_large": {"width": 64, "depth": 4, "window": 4, "position_grid": 4},
+    }
+    settings = tiny_detector("atss").model_dump()
+    settings["backbone"] = {"name": name, "pretrained": False, **sizes[name]}
+    settings["transformer"]["levels"] = 4
+    detector = DetectorConfig.model_validate(settings)
+    data = DataConfig(short_sides=(64,), max_side=96)
+    classes = Classes(("a", "b", "c"), (1, 2, 3))
+    file = tmp_path / "w.safetensors"
+    save_weights(Weights(CoDETR(detector).state_dict(), detector, data, classes), file)
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    arguments = ("--output", tmp_path / "found", "--precision", "bf16")
+    code, _, err = command("predict", file, tmp_path / "a.png", *arguments)
+    assert (code, err) == (0, "")
+    assert len(json.loads((tmp_path / "found/predictions.json").read_text())["annotations"]) > 0
 
 
 def test_files_and_folders_may_be_mixed(tmp_path: Path) -> None:
