@@ -208,6 +208,24 @@ def test_gpu_stops_what_takes_too_long() -> None:
     assert stages.left_out["endless"].startswith("stopped after 0 s")
 
 
+def test_gpu_stops_a_kernel_without_blaming_it() -> None:
+    """What fails in a kernel is an error that names the switch; that time is up is none."""
+    from codetr.ops.deformable_attention import _named
+
+    def stage() -> None:
+        with _named():
+            threading.Event().wait()
+
+    stages = gpu.Stages(2)
+    stages.run("operator", 0, stage)
+    assert not stages.failed
+    assert stages.left_out["operator"].startswith("stopped after 2 s")
+
+
+def test_gpu_finds_the_tests_of_the_kernels() -> None:
+    assert [file.exists() for file in gpu.KERNEL_TESTS] == [True, True]
+
+
 def test_gpu_measures_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "HEADS", {"K = 1": ["atss"]})
     stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
