@@ -96,7 +96,7 @@ def stopped_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class LeftOut(BaseException):  # noqa: N818 - no error: says what happened, as KeyboardInterrupt does
+class LeftOut(BaseException):
     """A stage cannot be run here; its text says why.
 
     It may come from a signal, in the midst of what turns every Exception into another.

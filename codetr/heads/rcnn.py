@@ -21,6 +21,7 @@ from codetr.matching.max_iou import match_max_iou
 from codetr.matching.objects import pad_objects
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Detections, HeadOutput, Positives, Size, Targets
+from codetr.transfer import moved
 
 
 @dataclass
@@ -108,8 +109,8 @@ class Rcnn(nn.Module):
                 self.config.positive_fraction,
                 draw_generator(t, "rcnn"),
             )
-            chosen = torch.cat((positive, negative)).to(boxes.device)
-            matched = numbers[positive].to(boxes.device)
+            chosen = moved(torch.cat((positive, negative)), boxes.device)
+            matched = moved(numbers[positive], boxes.device)
             candidates = torch.cat((t.boxes, boxes))
             samples.append(
                 RoiSamples(candidates[chosen], t.labels[matched], t.boxes[matched], matched)
