@@ -142,7 +142,8 @@ def run_stages(stages: Stages, report: Report, options: argparse.Namespace) -> N
     task = Task(detector, size, options.batch, options.objects, "fp32", options.device)
     stages.run("golden folders", 60, lambda: check_golden(report, options.device))
     stages.run("tests of the kernels", 60, lambda: run_kernel_tests(report, options.device))
-    stages.run("operator", 40, lambda: deformable_operator.measure(report, options))
+    for case, measure in deformable_operator.cases_of(report, options):
+        stages.run(f"operator: {case}", 5, measure)
     stages.run("agreement", 20, lambda: require_agreement(report, task))
     for mode in MODES if not options.without_compile else (m for m in MODES if "compile" not in m):
         measure_mode(stages, report, task, mode, options.rounds)

@@ -45,7 +45,8 @@ OPERATOR = (
 
 def test_operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (content,) = run(monkeypatch, deformable_operator, tmp_path, *OPERATOR)
-    assert len(content["measured"]) == 8
+    assert len(content["measured"]) == 16
+    assert "decoder, 10 queries, from offsets, fp32, forward + backward" in content["measured"]
     assert content["measured"].keys() == content["agreement"].keys()
     assert "encoder, 128 queries, bf16, forward + backward" in content["measured"]
 
@@ -73,8 +74,26 @@ def test_the_floor_counts_every_byte_once() -> None:
         result = deformable_operator.of_transformers(value, shape.levels, locations, weights)
     read = sum(t.numel() * t.element_size() for t in (value, locations, weights))
     written = result.numel() * 2  # theirs is float32 under autocast
-    assert shape.floor_bytes(backward=False) == read + written
-    assert shape.floor_bytes(backward=True) == 3 * read + 2 * written
+    assert shape.floor_bytes("forward") == read + written
+    assert shape.floor_bytes("backward") == 2 * read + written
+    assert shape.floor_bytes("forward + backward") == 3 * read + 2 * written
+
+
+def test_the_floor_from_offsets() -> None:
+    shape = deformable_operator.Shape(2, [(4, 6), (2, 3)], 7, "bf16", from_offsets=True)
+    inputs = shape.inputs("cpu")
+    centers, _ = deformable_operator.frame_of(shape.levels, inputs[1])
+    read = sum(t.numel() * t.element_size() for t in inputs)
+    result = 2 * 7 * 8 * 32 * 2
+    frame = centers.numel() * 4
+    assert shape.floor_bytes("forward") == read + frame + result
+    assert shape.floor_bytes("backward") == 2 * read + frame + result
+
+
+def test_the_documented_floors() -> None:
+    text = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    for row in deformable_operator.floor_rows():
+        assert row in text
 
 
 # --------------------------------------------------------------------------- training and inference
@@ -179,9 +198,10 @@ def test_scaling_wants_equal_losses(
 
 
 def test_gpu_names_what_it_had_no_time_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = ("--device", "cpu", "--small", "--budget", "0")
+    words = ("--device", "cpu", "--small", "--budget", "0", "--size", "64", "96")
     (content,) = run(monkeypatch, gpu, tmp_path, *words)
-    assert {"golden folders", "operator", "bf16: K = 2", "bf16, compiled: K = 1"} <= content[
+    operator = "operator: encoder, 128 queries, from offsets, bf16, forward"
+    assert {"golden folders", operator, "bf16: K = 2", "bf16, compiled: K = 1"} <= content[
         "left_out"
     ].keys()
     assert content["measured"] == {}
