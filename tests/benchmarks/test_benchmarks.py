@@ -247,7 +247,7 @@ def test_gpu_finds_the_tests_of_the_kernels() -> None:
 
 
 def test_gpu_measures_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "HEADS", {"K = 1": ["atss"]})
+    monkeypatch.setattr(detectors, "HEADS", {"K = 1": ["atss"]})
     stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
     gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
     assert stages.failed.keys() == {"training step, bf16", "inference, bf16"}, "without agreement"
@@ -269,6 +269,31 @@ def test_gpu_needs_the_detectors_dependencies_alone() -> None:
         [sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_gpu_measures_the_operator_without_the_detectors_dependencies(tmp_path: Path) -> None:
+    program = (
+        "import importlib.util, sys\n"
+        "find, absent = importlib.util.find_spec, set(sys.argv.pop().split())\n"
+        "importlib.util.find_spec = lambda name, *o: None if name in absent else find(name, *o)\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in absent: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import gpu; sys.exit(gpu.main())"
+    )
+    words = ("--device", "cpu", "--size", "32", "32", "--queries", "4", "--rounds", "1")
+    command = [sys.executable, "-c", program, *words, "--batch", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "pydantic pydantic_core scipy pytest"],
+        cwd=BENCHMARKS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert done.returncode == 1
+    assert len(content["measured"]) == 16, done.stderr
+    needed = "the detector needs what is missing: pip install pydantic scipy"
+    assert content["left_out"]["golden folders"] == content["left_out"]["detector"] == needed
 
 
 def test_the_step_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
