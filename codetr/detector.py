@@ -292,13 +292,14 @@ def best_pairs(prediction: GroupPrediction, sizes: list[Size], count: int) -> li
     """
     scores = prediction.logits[-1].float().sigmoid()
     num_classes = scores.shape[-1]
-    boxes = cxcywh_to_xyxy(prediction.boxes[-1]) * extents(sizes, prediction.boxes)[:, None]
+    scale = extents(sizes, prediction.boxes)
+    boxes = cxcywh_to_xyxy(prediction.boxes[-1]) * scale[:, None]
     detections = []
-    for image_scores, image_boxes, (height, width) in zip(scores, boxes, sizes, strict=True):
+    for image_scores, image_boxes, edges in zip(scores, boxes, scale, strict=True):
         flat = image_scores.flatten()
         best, pair = flat.topk(min(count, len(flat)))
         found = image_boxes[pair // num_classes]
-        found = found.clamp(min=0).minimum(found.new_tensor([width, height, width, height]))
+        found = found.clamp(min=0).minimum(edges)
         detections.append(Detections(found, best, pair % num_classes))
     return detections
 

@@ -34,7 +34,7 @@ def world_max(value: int, device: torch.device | str = "cpu") -> int:
     """Largest ``value`` of all ranks, and of all parts of a batch (see :class:`PartCounts`);
     ``device`` must suit the process group's backend."""
     if (counts := _part_counts.get()) is not None:
-        return int(counts.count(torch.tensor(value, device=device), torch.maximum))
+        return int(counts.count(torch.full((), value, device=device), torch.maximum))
     return value if world_size() == 1 else int(_over_ranks(value, device, torch.maximum))
 
 
@@ -54,7 +54,9 @@ def normaliser(
         least: a floor, against division by zero where nothing is counted; like ``count``, it may
             be several.
     """
-    count = torch.as_tensor(count, dtype=torch.float32, device=device)
+    if not isinstance(count, Tensor):  # a tensor made of it would be copied, which a GPU waits for
+        count = torch.full((), count, dtype=torch.float32, device=device)
+    count = count.to(device=device, dtype=torch.float32)
     counts = _part_counts.get()
     total = world_sum(count) if counts is None else counts.count(count, torch.add)
     return total.clamp(min=least) / world_size()

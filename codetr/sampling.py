@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codetr.structures import Targets
+from codetr.transfer import moved
 
 
 def draw_generator(targets: Targets, purpose: str = "") -> torch.Generator | None:
@@ -46,7 +47,7 @@ def random_subset(indices: Tensor, count: int, generator: torch.Generator | None
     if len(indices) <= count:
         return indices
     chosen = torch.randperm(len(indices), generator=generator)[:count]
-    return indices[chosen.to(indices.device)]
+    return indices[moved(chosen, indices.device)]
 
 
 @contextmanager

@@ -17,3 +17,10 @@ def tensor_on(device: torch.device, values: Sequence, dtype: torch.dtype | None 
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor.to(device)`` of a tensor on the host, as :func:`tensor_on` without waiting."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

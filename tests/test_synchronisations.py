@@ -1,71 +1,137 @@
-"""How often a training step looks at the device: each look has a GPU wait for Python.
+"""How often a training step has a GPU wait for Python, and Python for the GPU: by reading what is
+not computed yet, by a shape that depends on it, by an upload from memory that is not pinned.
 
-What waits there is the same operator here, so a profile on the CPU counts it, too: a shape that
-depends on values (``nonzero``, also behind boolean indices, ``unique``) and a number that Python
-reads (``item``). Copies of the assignments to the host, which are written out as ``.cpu()``, are
-not among them.
+On the CPU a pretended GPU counts this by place, exactly; on a GPU PyTorch itself does.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from pretended_gpu import PretendedGpu
 from test_detector import images, objects
-from tiny_training import FASTER_RCNN, tiny_detector
-from torch.profiler import ProfilerActivity, profile
+from tiny_training import FASTER_RCNN, MASK_RCNN, tiny_detector
+from torch import Tensor
 
 from codetr.detector import CoDETR
 
 SIZES = [(64, 96), (48, 64)]
-LOOKS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::_unique2")
-SYNCHRONISE = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+TWO_STAGE = {"two_stage": True}
+
+# Costs go to the host once, of all layers: for the encoder's proposals, and for the decoder.
+ENCODER = {"hungarian.hungarian_layers": 1}
+MATCHING = {"hungarian.hungarian_layers": 2}
+# The positives of all images; then, of each image, positives and negatives.
+DENSE = {"one_stage.matched": 1, "one_stage._positives": 2 * 2}
+# The assignment goes to the host, where samples are drawn. Of each image, the boxes that are not
+# empty, and non-maximum suppression, twice where the best boxes are not enough; of each level, the
+# regions that read it; those that are positive.
+REGIONS = {
+    "rpn.sample": 1,
+    "rpn.propose": 2,
+    "rpn.leading_nms": 2 * 2,
+    "rcnn.sample": 1,
+    "regions.region_features": 3,
+    "rcnn._losses": 1,
+}
+CASES: dict[str, tuple[list, dict[str, Any], dict[str, int]]] = {
+    "one stage": ([], {}, ENCODER),
+    "K = 0": ([], TWO_STAGE, MATCHING),
+    "denoising": ([], {"dino": True}, MATCHING),
+    # Groups are matched by themselves.
+    "one to many": ([], {"kind": "hybrid"}, {"hungarian.hungarian_layers": 3}),
+    "ATSS": (["atss"], TWO_STAGE, MATCHING | DENSE),
+    "RetinaNet": (["retinanet"], TWO_STAGE, MATCHING | DENSE),
+    "FCOS": (["fcos"], TWO_STAGE, MATCHING | DENSE),
+    "GFL": (["gfl"], TWO_STAGE, MATCHING | DENSE),
+    # The candidates come first; then their losses go to the host, where mixtures are fitted, and
+    # the largest number of an object.
+    "PAA": (["paa"], TWO_STAGE, MATCHING | DENSE | {"one_stage.matched": 2, "paa.match_paa": 2}),
+    "Faster R-CNN": ([FASTER_RCNN], TWO_STAGE, MATCHING | REGIONS),
+    # Masks have region features of their own.
+    "Mask R-CNN": ([MASK_RCNN], TWO_STAGE, MATCHING | REGIONS | {"regions.region_features": 6}),
+    "K = 2": (["atss", FASTER_RCNN], TWO_STAGE, MATCHING | DENSE | REGIONS),
+}
+cases = pytest.mark.parametrize("case", CASES)
 
 
-def operators_of_a_step(heads: list, device: str, names: tuple[str, ...]) -> Counter[str]:
-    """Calls of the operators within losses and backward pass of two images."""
+def step(case: str, device: str) -> Callable[[], None]:
+    """Losses and backward pass of two images."""
+    heads, options, _ = CASES[case]
     torch.manual_seed(0)
-    model = CoDETR(tiny_detector(*heads, two_stage=True)).to(device).train()
+    model = CoDETR(tiny_detector(*heads, **options)).to(device).train()
     batch = images(SIZES).to(device)
     targets = [objects(3 - i, size, i).to(device) for i, size in enumerate(SIZES)]
-    model.losses(batch, targets).total.backward()  # fills the caches
-    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
-    with profile(activities=kinds) as measured:
+
+    def run() -> None:
         model.losses(batch, targets).total.backward()
-    return Counter(event.name for event in measured.events() if event.name in names)
+
+    return run
 
 
-def test_without_heads_nothing_but_the_matching_looks() -> None:
-    assert operators_of_a_step([], "cpu", LOOKS) == {}
-
-
-@pytest.mark.parametrize(
-    ("heads", "most"),
-    [
-        # For the positives of all images; then, of each image, positives and negatives.
-        (["atss"], 1 + 2 * 2),
-        (["retinanet"], 1 + 2 * 2),
-        (["fcos"], 1 + 2 * 2),
-        (["gfl"], 1 + 2 * 2),
-        # Candidates of all images, the number of objects, and on the host what the mixtures keep;
-        # for the fit itself, whether it goes on, there too, a hundred times at most.
-        (["paa"], 1 + 2 * 2 + 1 + 1 + 1 + 100),
-        # Of each image, the boxes that are not empty; of each level, the regions that read it;
-        # those that are positive. Samples are drawn on the host: of each image two looks, twice.
-        ([FASTER_RCNN], 2 + 3 + 1 + 2 * 2 * 2),
-    ],
-    ids=["ATSS", "RetinaNet", "FCOS", "GFL", "PAA", "Faster R-CNN"],
-)
-def test_looks_of_a_head(heads: list, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases
+def test_waits_of_a_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What RoIAlign's gradient looks at is on the CPU alone.
     monkeypatch.setattr("codetr.ops.roi_align._LARGEST_MAP", 0)
-    looks = operators_of_a_step(heads, "cpu", LOOKS)
-    assert 0 < looks.total() <= most, looks
+    run = step(case, "cpu")
+    with PretendedGpu():
+        run()  # fills the caches
+    with PretendedGpu() as gpu:
+        run()
+    assert gpu.waits == CASES[case][2]
+
+
+def test_what_the_pretended_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to wait, and none of those to avoid it."""
+    monkeypatch.setattr("pretended_gpu._place", lambda: "here")
+    values = torch.arange(4.0)
+    waiting: list[Callable[[Tensor], Any]] = [
+        lambda v: v.cpu().tolist(),
+        lambda v: v.tolist(),
+        lambda v: v.numpy(),
+        lambda v: v[1].item(),
+        lambda v: float(v[1]),
+        lambda v: bool(v.any()),
+        lambda v: v[v > 1],
+        lambda v: v.nonzero(),
+        lambda v: v.unique(),
+        lambda v: torch.tensor([1.0], device=v.device),
+        lambda v: v.new_tensor([1.0]),
+        lambda v: torch.tensor([1.0]).to(v),
+        lambda v: v[torch.tensor([0, 1])],
+    ]
+    free: list[Callable[[Tensor], Any]] = [
+        lambda v: v.cpu,
+        lambda v: v.to(torch.float64).to(v.device),
+        lambda v: v + torch.tensor([1.0]).item(),
+        lambda v: v.add_(torch.arange(3).nonzero().sort().values.tolist()[0][0]),
+        lambda v: torch.zeros(2, device=v.device) + v.sum(),
+        lambda v: v.where(v > 1, 0),
+        lambda v: v.clone().masked_fill_(v > 1, 0),
+    ]
+    for calls, expected in ((waiting, 1), (free, 0)):
+        for number, call in enumerate(calls):
+            with PretendedGpu() as gpu:
+                call(values)
+            assert gpu.waits.total() == expected, number
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_waits_no_more_often() -> None:
-    """The Hungarian matchings of decoder and encoder: one copy to the host each."""
-    waits = operators_of_a_step([], "cuda", SYNCHRONISE)
-    assert waits.total() <= 2, waits
+@cases
+def test_a_gpu_waits_no_more_often(case: str) -> None:
+    run = step(case, "cuda")
+    run()  # fills the caches
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in told if "synchroniz" in str(w.message)]
+    places = [f"{w.filename}:{w.lineno}" for w in waits]
+    assert len(waits) <= sum(CASES[case][2].values()), places

@@ -22,6 +22,7 @@ from codetr.matching.objects import pad_objects
 from codetr.ops.roi_align import RegionFeatures
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Detections, HeadOutput, Positives, Size, Targets
+from codetr.transfer import moved
 
 
 @dataclass
@@ -117,8 +118,8 @@ class Rcnn(nn.Module):
                 self.config.positive_fraction,
                 draw_generator(t, self.stream),
             )
-            chosen = torch.cat((positive, negative)).to(boxes.device)
-            matched = numbers[positive].to(boxes.device)
+            chosen = moved(torch.cat((positive, negative)), boxes.device)
+            matched = moved(numbers[positive], boxes.device)
             candidates = torch.cat((t.boxes, boxes))
             samples.append(
                 RoiSamples(

@@ -19,6 +19,7 @@ from codetr.matching.max_iou import match_anchors
 from codetr.matching.objects import pad_objects
 from codetr.sampling import draw_generator, sample_balanced
 from codetr.structures import Size, Targets
+from codetr.transfer import moved
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Rpn(nn.Module):
         # From here on the anchors of all images are laid end to end.
         positive = torch.cat([p + i * count for i, (p, _) in enumerate(samples)])
         negative = torch.cat([n + i * count for i, (_, n) in enumerate(samples)])
-        sampled = torch.cat((positive, negative)).to(assigned.device)
+        sampled = moved(torch.cat((positive, negative)), assigned.device)
         labels = torch.arange(len(sampled), device=sampled.device) < len(positive)
         positive = sampled[: len(positive)]
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from codetr.boxes import cxcywh_to_xyxy, extents, generalised_iou, xyxy_to_cxcywh
 from codetr.config import BoxLossConfig
 from codetr.structures import Size, Targets
+from codetr.transfer import moved
 
 Match = tuple[Tensor, Tensor]
 """(n,) query indices in ascending order, and (n,) the object that each is matched with."""
@@ -92,7 +93,7 @@ def hungarian_layers(
     ]
     # One copy back to the device as well, then views of it.
     flat = torch.from_numpy(np.concatenate([p for of_layer in pairs for p in of_layer], axis=1))
-    split = iter(flat.to(logits.device).split([p.shape[1] for of in pairs for p in of], dim=1))
+    split = iter(moved(flat, logits.device).split([p.shape[1] for of in pairs for p in of], dim=1))
     return [[tuple(next(split)) for _ in of_layer] for of_layer in pairs]  # type: ignore[misc]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from codetr.matching.max_iou import BACKGROUND
+from codetr.transfer import moved
 
 STEPS, TOLERANCE, LEAST_VARIANCE = 100, 1e-3, 1e-6
 """Those of scikit-learn's ``GaussianMixture``, which the original fits."""
@@ -38,7 +39,7 @@ def match_paa(losses: Tensor, candidates: Tensor, counts: Sequence[int], topk: i
     anchors = torch.stack([indices for _, indices in lowest]).gather(-1, order)
     kept = lower_component(values.flatten(0, 1).cpu().double()).view(values.shape[:2])
     positive = torch.arange(values.shape[-1]) < kept[..., None]
-    image, number, place = positive.nonzero().to(values.device).unbind(1)
+    image, number, place = moved(positive.nonzero(), values.device).unbind(1)
     assigned = candidates.masked_fill(candidates >= 0, BACKGROUND)
     assigned[image, anchors[image, number, place]] = number
     return assigned

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codetr.structures import Size
+from codetr.transfer import tensor_on
 
 # PyTorch says so at the first sparse matrix of a process, whatever is done with it.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -154,7 +155,7 @@ class _Samples:
         # Constants are as wide as the rows they meet: broadcasting over short rows is slow.
         sizes = _constant([(w, h) for h, w in frames.shapes], points, exact, device)  # (S, 2)
         flat = locations.to(exact).reshape(-1, 2 * levels * points)
-        at = torch.addcmul(sizes.new_tensor(-0.5), flat, sizes.flatten())
+        at = torch.addcmul(sizes.new_full((), -0.5), flat, sizes.flatten())
         at = torch.minimum(at.clamp_(min=LEFT_OUT), sizes.flatten())
         corner = at.nan_to_num(nan=LEFT_OUT).floor_()
         way = at.sub_(corner).unflatten(1, (-1, 2))
@@ -201,7 +202,7 @@ class _Samples:
 
 def _constant(per_level: list, points: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(levels * P, ...), each level's number for each of its points."""
-    return torch.tensor(per_level, dtype=dtype, device=device).repeat_interleave(points, dim=0)
+    return tensor_on(device, per_level, dtype).repeat_interleave(points, dim=0)
 
 
 def _gradient_of_value(grad: Tensor, samples: _Samples, frames: _Frames) -> Tensor:

@@ -15,6 +15,7 @@ from codetr.distributed import world_max
 from codetr.queries.selection import QUERY
 from codetr.sampling import draw_generator
 from codetr.structures import KnownTargets, QueryGroup, Size, Targets
+from codetr.transfer import moved, tensor_on
 
 DENOISING = "denoising"
 """Name of the group of noisy objects, which exists in training only."""
@@ -99,7 +100,7 @@ class DenoisingQueries(nn.Module):
         boxes = torch.stack([_pad(t.boxes, most) for t in targets])
         boxes = (boxes / extents(sizes, boxes)[:, None])[:, None]
         labels = torch.stack([_pad(t.labels, most) for t in targets])[:, None]
-        counts = torch.tensor([len(t) for t in targets], device=device)
+        counts = tensor_on(device, [len(t) for t in targets])
         filled = (torch.arange(most, device=device) < counts[:, None])[:, None]
         far = (torch.arange(copies, device=device) % 2 == 1) & self.config.contrastive
 
@@ -145,4 +146,4 @@ def _stack(noises: Sequence[Noise], objects: int, device: torch.device) -> Noise
     """The noise of all images, each padded to ``objects``, with the batch as first dimension."""
     names = [f.name for f in fields(Noise)]
     padded = [[_pad(getattr(noise, name), objects, axis=1) for noise in noises] for name in names]
-    return Noise(*[torch.stack(images).to(device) for images in padded])
+    return Noise(*[moved(torch.stack(images), device) for images in padded])

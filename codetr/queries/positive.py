@@ -13,6 +13,7 @@ from codetr.config import PositiveQueryConfig
 from codetr.distributed import world_max
 from codetr.sampling import draw_generator, random_subset
 from codetr.structures import KnownTargets, Positives, QueryGroup, Size, Targets
+from codetr.transfer import moved
 from codetr.transformer.positions import encode_boxes
 
 
@@ -123,7 +124,7 @@ class PositiveQueries(nn.Module):
             candidates=_stack([r.candidates for r in rows], pad),
             labels=_stack([r.labels for r in rows], pad, self.num_classes),
             objects=_stack([r.objects for r in rows], [(0, 0, *p) for p in pad]),
-            valid=filled.to(device),
+            valid=moved(filled, device),
             padded=min(lengths) < count,
         )
 
@@ -131,7 +132,7 @@ class PositiveQueries(nn.Module):
         self, positives: Positives, count: int, generator: torch.Generator | None
     ) -> _Row:
         order = random_subset(torch.arange(len(positives.positive)), count, generator)
-        order = order.to(positives.positive.device)
+        order = moved(order, positives.positive.device)
         candidates = positives.positive[order]
         missing = count - len(candidates)
         negatives = positives.negative[:0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from codetr.ops import deformable_attention_fused
 from codetr.structures import Memory
+from codetr.transfer import tensor_on
 
 
 @dataclass
@@ -51,7 +52,7 @@ class SamplingFrame:
 def _cell(memory: Memory) -> Tensor:
     """(levels, 2): width and height of one cell in fractions of its map."""
     sizes = [(1 / width, 1 / height) for height, width in memory.shapes]
-    return memory.valid_ratios.new_tensor(sizes)
+    return tensor_on(memory.valid_ratios.device, sizes, memory.valid_ratios.dtype)
 
 
 class DeformableAttention(nn.Module):

@@ -48,7 +48,8 @@ OPERATOR = (
 
 def test_operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (content,) = run(monkeypatch, deformable_operator, tmp_path, *OPERATOR)
-    assert len(content["measured"]) == 8
+    assert len(content["measured"]) == 16
+    assert "decoder, 10 queries, from offsets, fp32, forward + backward" in content["measured"]
     assert content["measured"].keys() == content["agreement"].keys()
     assert "encoder, 128 queries, bf16, forward + backward" in content["measured"]
 
@@ -76,8 +77,26 @@ def test_the_floor_counts_every_byte_once() -> None:
         result = deformable_operator.of_transformers(value, shape.levels, locations, weights)
     read = sum(t.numel() * t.element_size() for t in (value, locations, weights))
     written = result.numel() * 2  # theirs is float32 under autocast
-    assert shape.floor_bytes(backward=False) == read + written
-    assert shape.floor_bytes(backward=True) == 3 * read + 2 * written
+    assert shape.floor_bytes("forward") == read + written
+    assert shape.floor_bytes("backward") == 2 * read + written
+    assert shape.floor_bytes("forward + backward") == 3 * read + 2 * written
+
+
+def test_the_floor_from_offsets() -> None:
+    shape = deformable_operator.Shape(2, [(4, 6), (2, 3)], 7, "bf16", from_offsets=True)
+    inputs = shape.inputs("cpu")
+    centers, _ = deformable_operator.frame_of(shape.levels, inputs[1])
+    read = sum(t.numel() * t.element_size() for t in inputs)
+    result = 2 * 7 * 8 * 32 * 2
+    frame = centers.numel() * 4
+    assert shape.floor_bytes("forward") == read + frame + result
+    assert shape.floor_bytes("backward") == 2 * read + frame + result
+
+
+def test_the_documented_floors() -> None:
+    text = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    for row in deformable_operator.floor_rows():
+        assert row in text
 
 
 # --------------------------------------------------------------------------- training and inference
@@ -217,9 +236,10 @@ def test_scaling_wants_equal_losses(
 
 
 def test_gpu_names_what_it_had_no_time_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = ("--device", "cpu", "--small", "--budget", "0")
+    words = ("--device", "cpu", "--small", "--budget", "0", "--size", "64", "96")
     (content,) = run(monkeypatch, gpu, tmp_path, *words)
-    assert {"golden folders", "operator", "bf16: K = 2", "bf16, compiled: K = 1"} <= content[
+    operator = "operator: encoder, 128 queries, from offsets, bf16, forward"
+    assert {"golden folders", operator, "bf16: K = 2", "bf16, compiled: K = 1"} <= content[
         "left_out"
     ].keys()
     assert content["measured"] == {}
@@ -246,8 +266,26 @@ def test_gpu_stops_what_takes_too_long() -> None:
     assert stages.left_out["endless"].startswith("stopped after 0 s")
 
 
+def test_gpu_stops_a_kernel_without_blaming_it() -> None:
+    """What fails in a kernel is an error that names the switch; that time is up is none."""
+    from codetr.ops.deformable_attention import _named
+
+    def stage() -> None:
+        with _named():
+            threading.Event().wait()
+
+    stages = gpu.Stages(2)
+    stages.run("operator", 0, stage)
+    assert not stages.failed
+    assert stages.left_out["operator"].startswith("stopped after 2 s")
+
+
+def test_gpu_finds_the_tests_of_the_kernels() -> None:
+    assert [file.exists() for file in gpu.KERNEL_TESTS] == [True, True]
+
+
 def test_gpu_measures_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "HEADS", {"K = 1": ["atss"]})
+    monkeypatch.setattr(detectors, "HEADS", {"K = 1": ["atss"]})
     stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
     gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
     assert stages.failed.keys() == {"training step, bf16", "inference, bf16"}, "without agreement"
@@ -269,6 +307,31 @@ def test_gpu_needs_the_detectors_dependencies_alone() -> None:
         [sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_gpu_measures_the_operator_without_the_detectors_dependencies(tmp_path: Path) -> None:
+    program = (
+        "import importlib.util, sys\n"
+        "find, absent = importlib.util.find_spec, set(sys.argv.pop().split())\n"
+        "importlib.util.find_spec = lambda name, *o: None if name in absent else find(name, *o)\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in absent: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import gpu; sys.exit(gpu.main())"
+    )
+    words = ("--device", "cpu", "--size", "32", "32", "--queries", "4", "--rounds", "1")
+    command = [sys.executable, "-c", program, *words, "--batch", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "pydantic pydantic_core scipy pytest"],
+        cwd=BENCHMARKS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert done.returncode == 1
+    assert len(content["measured"]) == 16, done.stderr
+    needed = "the detector needs what is missing: pip install pydantic scipy"
+    assert content["left_out"]["golden folders"] == content["left_out"]["detector"] == needed
 
 
 def test_the_step_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,23 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparison import AMPLIFIED, AS_SETS, assert_matches, compare_detections, of_one_image
 from replay import Golden, Trace, trace, trace_detections
 from torch import Tensor
 
 from codetr.boxes import iou
 from codetr.zoo.official import from_official_names, to_official_names
-
-# Near ties order these differently after a change in the last bit: they are compared as sets.
-AS_SETS = ("15_rpn_proposals", "30_test.rpn_proposals", "31_det.")
-
-# Group norm on the extra level's map of 1 x 2 cells (level 4 of Co-Deformable-DETR, 5 of Co-DINO),
-# one channel in each group, divides the difference of two numbers by itself: what is left is
-# rounding, magnified (method.md 6).
-AMPLIFIED = {
-    f"{output}.{level}"
-    for output in ("13_rpn.cls", "13_rpn.reg", "18_atss.cls", "18_atss.reg", "18_atss.ctr")
-    for level in (4, 5)
-}
 
 # Co-DINO's coarsest map has 2 x 2 cells, and one kink there happens to lie at a rounding error's
 # distance: a relative change of 1e-6 in our weights moves this norm by 0.7 %, to 2e-5 of the
@@ -49,27 +38,6 @@ def trace_of(folder: Path) -> Trace:
 @functools.cache
 def detections_of(folder: Path) -> Trace:
     return trace_detections(golden_of(folder))
-
-
-def assert_matches(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Integers exactly, floats to ``tolerance`` of the expected tensor's largest value."""
-    actual = actual.detach().cpu()
-    assert actual.shape == expected.shape, name
-    if not expected.is_floating_point():
-        assert torch.equal(actual.long(), expected.long()), name
-        return
-    assert torch.equal(actual.isinf(), expected.isinf()), name
-    finite = expected.isfinite()
-    difference = (actual - expected)[finite].abs()
-    scale = expected[finite].abs().max() if finite.any() else torch.tensor(1.0)
-    worst = difference.max() if len(difference) else torch.tensor(0.0)
-    assert worst <= tolerance * max(scale, 1e-3), f"{name}: {worst} of {scale}"
-
-
-def of_one_image(name: str, trace: Trace) -> Tensor:
-    """A tensor stored for the second image alone is cut out of the batch's."""
-    base = name.removesuffix(".img1").replace("unact_img1", "unact")
-    return trace[base][1]
 
 
 def test_computes_every_recorded_tensor(golden_folder: Path) -> None:
@@ -138,21 +106,6 @@ def compare_proposals(name: str, actual: Tensor, expected: Tensor) -> None:
     overlap = iou(expected[:, None, :4], actual.cpu()[None])
     found = (overlap.amax(1) > 0.999).float().mean()
     assert found >= 0.99, f"{name}: {found:.3f} of the recorded boxes found"
-
-
-def compare_detections(prefix: str, actual: Trace, expected: Trace) -> None:
-    boxes, scores, labels = (
-        [side[f"{prefix}.{part}"].cpu() for side in (actual, expected)]
-        for part in ("boxes", "scores", "labels")
-    )
-    assert len(scores[0]) == len(scores[1]), prefix
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-4, msg=prefix)
-    distance = (boxes[0][:, None] - boxes[1][None]).abs().amax(-1)
-    distance = distance + 1e6 * (labels[0][:, None] != labels[1][None])
-    distance = distance + 1e6 * ((scores[0][:, None] - scores[1][None]).abs() > 1e-3)
-    unmatched = (distance.amin(0) > 1e-4 * boxes[1].abs().max().clamp(min=1) * 10).sum()
-    # Detections whose scores tie at the cut may be exchanged for one another.
-    assert unmatched <= 1, f"{prefix}: {unmatched} detections differ"
 
 
 def test_names_round_trip(golden_folder: Path) -> None:
