@@ -51,3 +51,8 @@ class CopyPasteConfig(Strict):
     kept where no side of its box has moved farther …"""
     min_visible: NonNegativeFloat = 300
     """… or where more than so many pixels of it are still seen, again on a canvas of 1024."""
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the annotations must have masks."""
+        return self.enabled and self.shapes == "masks"

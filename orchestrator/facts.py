@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from codetr.data.errors import DataError
 
 _IMAGE = re.compile(rb'"height"\s*:')
 """Every image has this key, and nothing else in a COCO or LVIS file has it."""
+_MASK = re.compile(rb'"segmentation"\s*:\s*[\[{]')
+"""How polygons or run lengths begin."""
 
 
 class DataFacts(Strict):
@@ -65,15 +69,47 @@ def _coco_facts(directory: Path) -> DataFacts:
 
 
 def _digest_and_images(path: Path) -> tuple[str, int]:
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            images = sum(1 for _ in _IMAGE.finditer(text))
-            digest = hashlib.sha256(text).hexdigest()
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise DataError(f"{path}: cannot be read ({error})") from None
+    with _mapped(path) as text:
+        images = sum(1 for _ in _IMAGE.finditer(text))
+        digest = hashlib.sha256(text).hexdigest()
     if not images:
         raise DataError(f"{path}: lists no image; a COCO annotation file needs 'images'")
     return digest, images
+
+
+def require_masks(config: DataConfig) -> None:
+    """See that there are masks among the training annotations, for what is trained on them. Whether
+    every object has one is seen when the data is opened.
+
+    Raises:
+        DataError: there are none.
+    """
+    if config.dataset == "coco":
+        from codetr.data.sources import data_directory
+
+        _require_masks_in(data_directory(config))
+
+
+@cache
+def _require_masks_in(directory: Path) -> None:
+    from codetr.data.masks import NEEDED
+    from codetr.data.sources import find_split
+
+    path = find_split(directory, "train").annotations
+    with _mapped(path) as text:
+        found = _MASK.search(text) is not None
+    if not found:
+        raise DataError(f"{path}: no object has a 'segmentation', {NEEDED}")
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The bytes of a file, of which only what is looked at is in memory."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            yield text
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def _digits_facts(*, lvis: bool) -> DataFacts:

@@ -39,7 +39,7 @@ from orchestrator.experiment import (
     paper_ap,
     paper_branch_aps,
 )
-from orchestrator.facts import DataFacts, data_facts
+from orchestrator.facts import DataFacts, data_facts, require_masks
 from orchestrator.schedule import in_epoch, resolved
 from orchestrator.settings import parse_settings
 from orchestrator.starting import with_start
@@ -296,6 +296,8 @@ def _trials(
     if data.dataset == "coco" and data.path is None:
         raise ConfigError(f"profile {profile_name} needs a data set: give --data DIR (COCO layout)")
     facts = data_facts(data)
+    if detector.needs_masks or data.copy_paste.needs_masks:
+        require_masks(data)
     detector = _with_classes(detector, facts)
     if facts.train_images < training.batch_size:
         raise ConfigError(

@@ -105,7 +105,7 @@ class CocoDataset(Dataset[tuple[Tensor, Targets]]):
         self.seed = seed
         self.epoch = 0
         self.masks, self.canvas, self.copy_paste = masks, canvas, copy_paste
-        pastes_masks = copy_paste is not None and copy_paste.config.shapes == "masks"
+        pastes_masks = copy_paste is not None and copy_paste.config.needs_masks
         table = read_annotations(annotations, masks=masks or pastes_masks)
         problems = [*table.problems, *find_absent(table, images)]
         if not skip_bad:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from codetr.matching.max_iou import BACKGROUND, IGNORED, match_max_iou
+from codetr.matching.max_iou import BACKGROUND, IGNORED, match_anchors, match_max_iou
 from codetr.matching.objects import pad_objects
 from codetr.structures import Targets
 
@@ -81,3 +81,42 @@ def test_pad_objects_fills_with_empty_boxes() -> None:
     boxes, labels = pad_objects([one, two])
     assert boxes[0].tolist() == [[1.0] * 4, [0.0] * 4]
     assert labels.tolist() == [[3, 0], [1, 2]]
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(0.7, 0.3, 0.3), (0.5, 0.5, None)]))
+def test_horizontal_flip_flips_the_assignment(
+    seed: int, thresholds: tuple[float, float, float | None]
+) -> None:
+    """Of an RPN's anchors, which are their own mirror images about their middle column, and of a
+    second stage's proposals, which are mirrored with the objects."""
+    positive, negative, low_quality = thresholds
+    generator = torch.Generator().manual_seed(seed)
+    middle = 8 * torch.cartesian_prod(torch.arange(7), torch.arange(9)).flip(1).float()
+    # Sides that hold no object whole: several anchors that do would overlap it alike.
+    sides = torch.tensor([[16.0, 32.0], [24.0, 24.0], [32.0, 16.0]]) / 2
+    anchors = torch.cat((middle[:, None] - sides, middle[:, None] + sides), 2).flatten(0, 1)
+    corner = torch.rand(3, 2, generator=generator) * 24
+    objects = torch.cat((corner, corner + 25 + 12 * torch.rand(3, 2, generator=generator)), 1)
+
+    def mirrored(boxes: Tensor) -> Tensor:
+        return torch.stack((64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]), 1)
+
+    def assigned(objects: Tensor, candidates: Tensor) -> Tensor:
+        valid = torch.ones(1, len(candidates), dtype=torch.bool)
+        found = match_anchors(
+            candidates,
+            valid,
+            objects[None],
+            positive=positive,
+            negative=negative,
+            low_quality=low_quality,
+        )
+        return found[0]
+
+    ours = assigned(objects, anchors)
+    flipped = assigned(mirrored(objects), anchors).view(7, 9, 3).flip(1).flatten()
+    assert torch.equal(ours, flipped)
+    proposals = objects[torch.arange(60) % 3] + 8 * torch.randn(60, 4, generator=generator)
+    assert torch.equal(
+        assigned(objects, proposals), assigned(mirrored(objects), mirrored(proposals))
+    )

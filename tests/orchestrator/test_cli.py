@@ -225,7 +225,18 @@ def test_k_may_stand_beside_as_many_heads(command, tmp_path):
     assert re.search(r"only +1 +atss", out)
 
 
-def test_a_mask_head_without_masks_starts_no_trial(command, coco_folder, tmp_path):
+@pytest.mark.parametrize("option", [(), ("--dry-run",)], ids=["run", "plan"])
+@pytest.mark.parametrize(
+    "needing",
+    [
+        ("heads=[mask_rcnn]",),
+        ("jitter.enabled=true", "jitter.canvas=64", "copy_paste.enabled=true"),
+    ],
+    ids=["head", "copy-paste"],
+)
+def test_what_needs_masks_starts_no_trial_without_them(
+    command, coco_folder, tmp_path, needing, option
+):
     bare = tmp_path / "bare"
     shutil.copytree(coco_folder, bare)
     annotations = bare / "annotations" / "instances_train.json"
@@ -233,10 +244,10 @@ def test_a_mask_head_without_masks_starts_no_trial(command, coco_folder, tmp_pat
     for entry in content["annotations"]:
         del entry["segmentation"]
     annotations.write_text(json.dumps(content))
-    settings = ("--set", "heads=[mask_rcnn]", "--set", "batch_size=4", "--seeds", "0")
+    settings = [part for setting in (*needing, "batch_size=4") for part in ("--set", setting)]
     output = tmp_path / "runs"
     code, _, error = command(
-        "run", "ablation-lambda", "--data", bare, "--output", output, *settings
+        "run", "ablation-lambda", "--data", bare, "--output", output, *settings, *option
     )
     assert code == 2
     last = error.strip().splitlines()[-1]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from codetr.config import DataConfig
 from codetr.data.digits import make_digits
+from codetr.zoo.measure import on_meta
+from orchestrator.cli import app
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, Plan, Trial, make_plan
 from orchestrator.share import share
@@ -74,6 +78,19 @@ def test_every_experiment_can_be_planned(name, profile, coco):
         assert max(trial.training.drop_epochs) < trial.training.epochs
         assert (trial.data.dataset == "coco") == (profile == "paper")
         assert (trial.detector.backbone.name == "tiny") == (profile == "laptop")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_experiment_is_shown_by_a_dry_run(name, profile, coco, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    data = ["--data", str(coco)] if profile == "paper" else []
+    given = ["run", name, "--profile", profile, "--dry-run", "--output", str(tmp_path / "runs")]
+    done = CliRunner().invoke(app, [*given, *data])
+    assert done.exit_code == 0, done.output
+    for arm in plan(name, profile, coco).arms:
+        assert arm in done.output
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -309,17 +326,25 @@ REDUCED = (
 )
 
 
-def distinct_arms() -> list[Trial]:
-    """Of all laptop profiles, one trial for each detector, at reduced size."""
-    arms = {}
-    for name in SHIPPED:
-        made = make_plan(load_experiment(name), Options(profile="laptop", settings=REDUCED))
+def distinct_arms(plans: Iterable[Plan]) -> list[Trial]:
+    """One trial for each detector."""
+    arms: dict[str, Trial] = {}
+    for made in plans:
         for trial in made.trials:
             detector = trial.detector.model_copy(update={"num_classes": 10})
             arms.setdefault(
                 detector.model_dump_json(), trial.model_copy(update={"detector": detector})
             )
     return list(arms.values())
+
+
+def test_every_distinct_arm_of_the_paper_can_be_built(coco):
+    """At full size, without memory for its tensors."""
+    arms = distinct_arms(plan(name, "paper", coco) for name in SHIPPED)
+    assert len(arms) > 50
+    for trial in arms:
+        heads = on_meta(trial.detector).heads
+        assert len(heads) == trial.detector.k, trial.name
 
 
 def test_every_distinct_arm_takes_two_steps(tmp_path):
@@ -329,7 +354,7 @@ def test_every_distinct_arm_takes_two_steps(tmp_path):
     from codetr.training import StepReport, TrainingState, train_epoch
 
     folder = make_digits(tmp_path / "digits", train_images=4, val_images=1, size=64)
-    arms = distinct_arms()
+    arms = distinct_arms(plan(name, "laptop", folder, REDUCED) for name in SHIPPED)
     assert len(arms) > 40
     for trial in arms:
         data = DataConfig(path=folder, short_sides=(), crop=False, flip=0)
