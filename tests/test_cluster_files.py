@@ -144,6 +144,7 @@ printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'n1\\nn2\\nn3\\n' ;;
     "srun --nodes=1") [[ $* == *hostname* ]] && echo '10.0.0.1 fe80::1' ;;
+    "ray status") [[ -z ${NO_RAY:-} ]] || { echo >> "$NO_RAY"; exit 1; } ;;
     "codetr run") if [[ -n ${SLOW:-} ]]; then
         trap 'exit 143' TERM; echo >> "$SLOW"; while :; do sleep 0.1; done
     fi; exit "${CODE:-0}" ;;
@@ -206,6 +207,17 @@ def test_slurm_queues_a_preempted_job_again(slurm, tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(60) == 143
     assert "scontrol requeue 123456" in (tmp_path / "calls").read_text().splitlines()
+
+
+def test_slurm_queues_a_job_again_that_is_preempted_while_ray_starts(slurm, tmp_path: Path) -> None:
+    process = slurm("ablation-k", NO_RAY=str(tmp_path / "starting"))
+    while not (tmp_path / "starting").exists():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 143
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "scontrol requeue 123456" in calls
+    assert not [call for call in calls if call.startswith("codetr")]
 
 
 def test_slurm_wants_an_experiment(slurm) -> None:
