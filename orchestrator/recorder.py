@@ -20,7 +20,7 @@ from codetr.config import Strict
 from orchestrator.board import Epoch, History
 from orchestrator.outbox import Outbox
 from orchestrator.plan import Plan, Trial
-from orchestrator.tracking import Status, Tracker, is_permanent, without_password
+from orchestrator.tracking import Status, Tracker, is_permanent
 from orchestrator.wording import one_line
 
 FOLDER = ".outbox"
@@ -234,7 +234,7 @@ class Recorder:
         except ValidationError as error:
             self._say(f"{self.outbox.path}: left out what makes no sense: {one_line(error)}")
         except Exception as error:  # a store's failure must never be the training's
-            text = without_password(one_line(error))
+            text = one_line(error)
             if is_permanent(error):
                 self._say(f"MLflow: {text}")
                 return True

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.options import JOBS_API
+
 if TYPE_CHECKING:
     from orchestrator.clusters import Action
     from orchestrator.plan import Options
@@ -26,7 +28,6 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Its id: see 'co
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="Jobs API of the cluster.", show_default=True)
 ]
-_JOBS_API = "http://127.0.0.1:8265"
 
 
 @cluster_app.command()
@@ -53,7 +54,7 @@ def ssh(
     *,
     forward: Annotated[
         bool,
-        typer.Option("--forward", help=f"Meanwhile its Jobs API is here too, as {_JOBS_API}."),
+        typer.Option("--forward", help=f"Meanwhile its Jobs API is here too, as {JOBS_API}."),
     ] = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -116,7 +117,7 @@ def submit_command(file: str | None, options: Options, *, detach: bool, dry_run:
 
 
 @job_app.command()
-def attach(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def attach(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Print a job's log from its beginning until it ends. Ctrl-C leaves the job running."""
     from orchestrator.submit import Jobs
 
@@ -124,7 +125,7 @@ def attach(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command()
-def logs(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def logs(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Print what a job has said so far."""
     from orchestrator.submit import Jobs
 
@@ -132,7 +133,7 @@ def logs(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command()
-def stop(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def stop(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Have a job end in order."""
     from orchestrator.submit import Jobs
 
@@ -140,7 +141,7 @@ def stop(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command("list")
-def list_jobs(address: AddressOption = _JOBS_API) -> None:
+def list_jobs(address: AddressOption = JOBS_API) -> None:
     """List the jobs of a cluster, the newest first."""
     from orchestrator.submit import Jobs
 

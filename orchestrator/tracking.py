@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import random
-import re
 import socket
 import subprocess
 import time
@@ -30,7 +29,7 @@ import codetr
 from codetr.config import ConfigError
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan, Trial
-from orchestrator.wording import one_line
+from orchestrator.wording import one_line, without_secrets
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -52,7 +51,7 @@ pauses of about so many seconds, is it tried again."""
 
 
 class TrackingError(ConfigError):
-    """The tracking store cannot be used; the text names it without its password."""
+    """The tracking store cannot be used; the text names it without its secrets."""
 
 
 class Tracker:
@@ -84,11 +83,10 @@ class Tracker:
             self._close_stale_runs()
             self.parent = self._start_parent()
         except Exception as error:  # whatever the store's own library raises
-            reason = one_line(error)
             raise TrackingError(
-                f"--tracking-uri {without_password(plan.tracking_uri)}: cannot be used: "
-                f"{without_password(reason)}"
-            ) from error
+                f"--tracking-uri {without_secrets(plan.tracking_uri)}: cannot be used: "
+                f"{one_line(error, plan.tracking_uri)}"
+            ) from None
 
     def _open(self) -> tuple[Any, str]:
         """A client of the store, which is made ready, and the id of the experiment."""
@@ -333,11 +331,6 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
         inner = [flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in values.items()]
         return {key: value for part in inner for key, value in part.items()}
     return {prefix: values if isinstance(values, str) else json.dumps(values)}
-
-
-def without_password(text: str) -> str:
-    """``postgresql://me:secret@host`` -> ``postgresql://me:***@host``."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def git_revision() -> str:
