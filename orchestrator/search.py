@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     # An epoch without an evaluation has no metric.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Paths in an experiment are seen from where the command was given.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     # After a kill at most so much of what was suggested is forgotten.
     "TUNE_GLOBAL_CHECKPOINT_S": "5",

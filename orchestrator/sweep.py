@@ -192,6 +192,9 @@ def plan_sweep(experiment: Experiment, search: Search, common: Options) -> Sweep
     plans = [_plan_of(experiment, search, options, suggestion) for suggestion in suggestions]
     first = {trial.id: trial for plan in plans for trial in plan.trials}
     plan = replace(plans[0], experiment=experiment, trials=tuple(first.values()))
+    if options.data is not None and (path := plan.trials[0].data.path) is not None:
+        # Absolute: later suggestions are planned by processes that are elsewhere.
+        options = replace(options, data=str(path))
     sweep = Sweep(search, experiment, options, plan)
     if sweep.is_population:
         _require_exchanges(sweep)

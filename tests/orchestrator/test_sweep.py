@@ -79,6 +79,15 @@ def test_resume_goes_on_with_the_same_sweep(tmp_path, given):
     assert read_records(sweep.folder) == []
 
 
+def test_a_relative_data_set_is_found_from_everywhere(tmp_path, monkeypatch, coco_folder):
+    """Suggestions are planned in processes of Ray Tune, which are in folders of their own."""
+    monkeypatch.chdir(coco_folder.parent)
+    common = Options(output=tmp_path, data=coco_folder.name, workers=1)
+    sweep = make_sweep(None, SweepOptions(over=("lambda_1=1,2",), common=common))
+    monkeypatch.chdir(tmp_path)
+    assert sweep.trial({"lambda_1": 1}).id == sweep.plan.trials[0].id
+
+
 def test_a_grid_knows_its_trials(tmp_path):
     sweep = sample_sweep(tmp_path, over=("lambda_1=1,2,1.0",), searcher="grid", samples=99)
     assert sweep.count == 3
