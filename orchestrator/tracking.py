@@ -39,8 +39,9 @@ PARAM_LENGTH = 500
 METRICS_AT_ONCE = 1000
 """More are refused by MLflow's servers."""
 
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
-"""MLflow's codes of errors that trying again cannot mend."""
+_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+"""MLflow's codes of errors that trying again cannot mend. A permission that is denied is none: a
+proxy says so, too, and an administrator may mend it."""
 
 _COMPLETE = "codetr.complete"
 """Tag of a run whose parameters, inputs and configuration are all there."""
@@ -244,9 +245,10 @@ class Tracker:
         from mlflow.entities import Metric
 
         run_id = self._run(trial)
-        known = self.client.get_run(run_id).data.metrics.get("epoch", 0)
+        # One by one: where something went wrong, an earlier one may be missing before a later one.
+        known = {point.step for point in self.client.get_metric_history(run_id, "epoch")}
         for epoch in epochs:
-            if epoch.epoch > known:
+            if epoch.epoch not in known:
                 values = {"epoch": float(epoch.epoch), "step": float(epoch.step), **epoch.values}
                 millis = int(1000 * (epoch.time or at))
                 points = [Metric(key, value, millis, epoch.epoch) for key, value in values.items()]

@@ -138,6 +138,15 @@ def test_it_does_not_insist_on_what_can_never_be(plan, tmp_path):
     assert said == ["MLflow: away"]
 
 
+def test_a_proxy_that_forbids_for_a_while_costs_nothing(plan, tmp_path):
+    store, said = Store(["away", "away"], code="PERMISSION_DENIED"), []
+    recorder = open_recorder(store, tmp_path / "box", said)
+    recorder.begin(plan.trials[0])
+    recorder.record(plan.trials[0], history(1))
+    recorder.close("FINISHED", [], patience=20)
+    assert store.calls == ["begin", "record", "close"]
+
+
 def test_what_a_dead_store_has_not_taken_waits_for_the_next_run(plan, tmp_path):
     away = threading.Event()
     dead = SimpleNamespace(parent="first", beneath=lambda _: away.wait() or dead)

@@ -92,6 +92,17 @@ def test_a_trial_goes_on_in_its_own_run(plan):
     assert [(m.step, m.timestamp) for m in points] == [(e, int(1000 * NOW)) for e in (1, 2, 3)]
 
 
+def test_an_epoch_that_is_missing_before_others_is_recorded_once(plan):
+    trial = plan.trials[0]
+    tracker = Tracker(plan)
+    tracker.begin(trial)
+    tracker.record(trial, [sample_epoch(1, 0.1), sample_epoch(3, 0.3)], NOW)
+    tracker.record(trial, [sample_epoch(e, 0.1 * e) for e in (1, 2, 3)], NOW)
+    (run,) = runs(tracker, f"tags.trial_id = '{trial.id}'")
+    points = tracker.client.get_metric_history(run.info.run_id, "val/AP")
+    assert sorted(point.step for point in points) == [1, 2, 3]
+
+
 def test_a_trial_trained_anew_has_one_run_still(plan):
     trial = plan.trials[0]
     tracker = Tracker(plan)
