@@ -47,6 +47,7 @@ _STATUS: dict[str, Status] = {
     "stopped": "FINISHED",  # the scheduler's decision, not a failure
     "failed": "FAILED",
     "open": "KILLED",
+    "interrupted": "KILLED",
 }
 
 
@@ -278,4 +279,5 @@ def suggestion_tags(entry: Entry) -> dict[str, str]:
 
 def stop_reason(entry: Entry) -> str:
     """Why its training ended: in a word, or as the scheduler or the failure has it."""
-    return entry.reason or {"finished": "all epochs", "open": "interrupted"}.get(entry.state, "")
+    words = {"finished": "all epochs", "open": "interrupted"}
+    return entry.reason or words.get(entry.state, entry.state)
