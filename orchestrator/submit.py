@@ -21,6 +21,7 @@ from orchestrator.cluster import authentication
 from orchestrator.options import JOBS_API
 from orchestrator.plan import Options
 from orchestrator.settings import parse_settings
+from orchestrator.tracking import REVISION, revision_of
 from orchestrator.wording import has_secret, one_line, without_secrets
 
 EXCLUDED = (
@@ -69,7 +70,11 @@ class Submission:
             "working_dir": str(self.tree),
             "excludes": excludes,
             # A stopped run then ends its MLflow runs and writes its tables; Ray's 3 s are too few.
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{self.grace + 60:.0f}"},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": f"{self.grace + 60:.0f}",
+                # Its history stays here.
+                **({REVISION: revision} if (revision := revision_of(self.tree)) else {}),
+            },
         }
 
 

@@ -387,16 +387,26 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: values if isinstance(values, str) else json.dumps(values)}
 
 
+REVISION = "CODETR_REVISION"
+"""In the environment of a job: the commit of the tree that was uploaded without its history."""
+
+
 def git_revision() -> str:
-    """The commit of this checkout, ``+`` if it is changed; in an installed wheel its version."""
+    """The commit of this checkout, ``+`` if it is changed; of an uploaded one as it was told; in an
+    installed wheel its version."""
     root = Path(codetr.__file__).parents[1]
-    if not (root / ".git").exists():
-        return f"codetr {codetr.__version__}"
+    return revision_of(root) or os.environ.get(REVISION) or f"codetr {codetr.__version__}"
+
+
+def revision_of(root: Path) -> str | None:
+    """The commit of a checkout of codetr, ``+`` if it is changed; None if it is not one."""
+    if not (root / ".git").exists() or not (root / "codetr" / "__init__.py").exists():
+        return None
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return f"codetr {codetr.__version__}"
+        return None
     return done.stdout.strip()
 
 
