@@ -62,6 +62,28 @@ def ssh(
     _launch("ssh", file, forward=forward, dry_run=dry_run)
 
 
+@cluster_app.command()
+def drain(
+    *,
+    after_notice: Annotated[
+        str | None,
+        typer.Option(metavar="aws|gcp", help="Wait until that cloud takes the machine away."),
+    ] = None,
+    within: Annotated[
+        int, typer.Option(min=0, help="Else: seconds to save in, for which it returns not.")
+    ] = 100,
+) -> None:
+    """On a node of a cluster: have its trials save, as it is going away. See cluster/*.yaml."""
+    from orchestrator.cluster import show_token
+    from orchestrator.drain import leave, leave_and_stay, wait_for_notice
+
+    show_token()
+    if after_notice is None:
+        raise typer.Exit(leave_and_stay(within))
+    seconds = wait_for_notice(after_notice)
+    raise typer.Exit(leave(seconds, f"{after_notice} takes the machine away"))
+
+
 def _launch(
     action: Action, file: str, *, yes: bool = False, forward: bool = False, dry_run: bool = False
 ) -> None:

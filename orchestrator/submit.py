@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from codetr.config import ConfigError
-from orchestrator.cluster import authentication
+from orchestrator.cluster import show_token
 from orchestrator.options import JOBS_API
 from orchestrator.plan import Options
 from orchestrator.settings import parse_settings
@@ -164,8 +164,7 @@ class Jobs:
         if not is_jobs_api(address):
             raise ConfigError(f"--address {address}: jobs need http://HOST:PORT of the dashboard")
         self.address = address
-        for key, value in authentication().items():
-            os.environ.setdefault(key, value)
+        show_token()
         # Ray prefers these to what it is told.
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         os.environ.pop("RAY_ADDRESS", None)

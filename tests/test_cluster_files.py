@@ -72,6 +72,24 @@ def test_cloud_workers_are_spot_and_the_head_is_not() -> None:
     assert "scheduling" not in gcp["head"]["node_config"]
 
 
+def test_spot_workers_pass_the_notice_on(raycluster: dict) -> None:
+    for file, cloud in zip(FOR_RAY[:2], ("aws", "gcp"), strict=True):
+        config = yaml.safe_load(file.read_text())
+        (watch,) = [c for c in config["worker_start_ray_commands"] if "drain" in c]
+        assert f"codetr cluster drain --after-notice {cloud} " in watch
+        assert not [c for c in config["head_start_ray_commands"] if "drain" in c]
+        shellcheck = Path(sys.executable).with_name("shellcheck")
+        done = subprocess.run(
+            [shellcheck, "--shell=bash", "-"], input=watch, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    pod = raycluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:3] == ["codetr", "cluster", "drain"]
+    assert int(hook[hook.index("--within") + 1]) < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_exist(command: str, tmp_path: Path, monkeypatch) -> None:
     words = shlex.split(command)[1:]
