@@ -97,10 +97,9 @@ class _SweepRun:
         interrupted = None
         try:
             before = read_ledger(self.sweep.folder)
-            done = [entry for entry in before if is_done(entry)]
             try:
                 self._start(with_ray=not is_complete(self.sweep, before))
-                self._take_over(done)
+                self._take_over(before)
                 if self.cluster.started:
                     self._search()
             except Interrupted as asked:
@@ -137,16 +136,13 @@ class _SweepRun:
     def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
         return as_far_as_possible(self.view.say, write, self.sweep.plan, *arguments)
 
-    def _take_over(self, done: list[Entry]) -> None:
-        for entry in done:
-            if self._is_first(entry):
+    def _take_over(self, before: list[Entry]) -> None:
+        # Other suggestions that stand for the same trial have no run of their own.
+        first = {entry.trial: entry.tune_id for entry in reversed(before)}
+        for entry in before:
+            if is_done(entry) and first[entry.trial] == entry.tune_id:
                 self._tell.adopt(self._trial(entry))
                 self._end(entry)
-
-    def _is_first(self, entry: Entry) -> bool:
-        """Other suggestions that stand for the same trial have no run of their own."""
-        first = next(e for e in read_ledger(self.sweep.folder) if e.trial == entry.trial)
-        return first.tune_id == entry.tune_id
 
     def _trial(self, entry: Entry) -> Trial:
         if entry.trial not in self.trials:
