@@ -209,11 +209,14 @@ def resume(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server or database, if it has changed.")
     ] = None,
+    storage: StorageOption = None,
 ) -> None:
-    """Go on with the last run or sweep of that name, with the options it was started with."""
+    """Go on with the last run or sweep of that name, with the options it was started with.
+
+    Secrets in --tracking-uri and --storage were not kept: give the addresses again."""
     from orchestrator.control import invocation_to_resume
 
-    last = invocation_to_resume(output.expanduser().absolute(), name, tracking_uri)
+    last = invocation_to_resume(output.expanduser().absolute(), name, tracking_uri, storage)
     if last.search is None:
         _run(last.experiment, last.options)
     from codetr.config import parse
@@ -240,7 +243,7 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     from rich.console import Console
 
     from orchestrator.console import show_results
-    from orchestrator.tracking import without_password
+    from orchestrator.wording import without_secrets
 
     console = Console(soft_wrap=True, highlight=False)
     show_results(console, outcome.results)
@@ -253,7 +256,7 @@ def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     if outcome.logs is not None:
         console.print(f"  {outcome.logs}  [dim]logs of the failed[/]")
     if plan.tracking_uri.startswith(("http://", "https://")):
-        console.print(f"MLflow: {without_password(plan.tracking_uri)}", markup=False)
+        console.print(f"MLflow: {without_secrets(plan.tracking_uri)}", markup=False)
     else:
         console.print(f"MLflow: {_this_command()} ui{_output_option(plan.output)}", markup=False)
 

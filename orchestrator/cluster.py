@@ -188,6 +188,12 @@ def _described(nodes: list[dict[str, float]]) -> str:
     return "; ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
 
 
+def show_token() -> None:
+    """Have this process, and Ray's commands that it starts, show the token."""
+    for key, value in authentication().items():
+        os.environ.setdefault(key, value)
+
+
 def authentication() -> dict[str, str]:
     """Have Ray show its token where there is one: a cluster that wants none does not mind."""
     given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ

@@ -14,13 +14,11 @@ from typing import Any, Literal
 import yaml
 
 from codetr.config import ConfigError, nearest
+from orchestrator.options import JOBS_PORT
 from orchestrator.share import share
 from orchestrator.wording import one_line
 
 Action = Literal["up", "status", "down", "ssh"]
-
-JOBS_PORT = 8265
-"""Where a head's dashboard and Jobs API listen, on its 127.0.0.1."""
 
 _STATUS = "test ! -f ~/.ray/auth_token || export RAY_AUTH_MODE=token; ray status"
 _PLACEHOLDER = re.compile(r"YOUR-[A-Z-]+")

@@ -22,7 +22,7 @@ from orchestrator.plan import Plan, Trial
 from orchestrator.report import WORDS, branch_table, summary_table
 from orchestrator.results import TrialResult
 from orchestrator.schedule import schedule_text
-from orchestrator.tracking import without_password
+from orchestrator.wording import without_secrets
 
 if TYPE_CHECKING:
     from codetr.data.check import DatasetReport, SplitReport
@@ -47,7 +47,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("resources", _resources_text(plan)),
         *([("analyses", ", ".join(plan.analyses))] if plan.analyses else []),
         ("output", str(plan.folder)),
-        ("tracking", without_password(plan.tracking_uri)),
+        ("tracking", without_secrets(plan.tracking_uri)),
     ]
     for name, value in facts:
         console.print(Text.assemble((f"  {name:<11}", "bold"), value), soft_wrap=True)

@@ -22,6 +22,7 @@ from orchestrator.records import (
     read_records,
 )
 from orchestrator.trial_log import LOG
+from orchestrator.wording import MASK
 from orchestrator.worker import STOP
 
 Rows = list[list[str]]
@@ -127,19 +128,27 @@ def _stop_invocation(folder: Path) -> str:
     return f"{folder.name}: asked {lease.owner} to end"
 
 
-def invocation_to_resume(output: Path, name: str, tracking_uri: str | None) -> Invocation:
+def invocation_to_resume(
+    output: Path, name: str, tracking_uri: str | None = None, storage: str | None = None
+) -> Invocation:
     """What was asked for last under that name, a run or a sweep, to be run again.
 
+    Args:
+        tracking_uri, storage: in the place of those it was given; with the secrets, which were not
+            kept.
+
     Raises:
-        ConfigError: nothing was, or its tracking store needs the password that was not kept.
+        ConfigError: nothing was, or one of the addresses lacks its secret.
     """
     invocation = read_invocation(find_experiment(output, name))
-    uri = tracking_uri or invocation.options.tracking_uri
-    if uri is not None and ":***@" in uri:
-        raise ConfigError(f"{name}: the password of {uri} was not kept: give --tracking-uri")
+    kept = invocation.options
+    uri, storage = tracking_uri or kept.tracking_uri, storage or kept.storage
+    for option, address in {"--tracking-uri": uri, "--storage": storage}.items():
+        if address is not None and MASK in address:
+            raise ConfigError(f"{name}: the secret in {address} was not kept: give {option}")
     # The folder may have moved since; what was to be trained again once is not to be every time.
     options = replace(
-        invocation.options, name=name, output=output, tracking_uri=uri, rerun="failed"
+        kept, name=name, output=output, tracking_uri=uri, storage=storage, rerun="failed"
     )
     return replace(invocation, options=options)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from codetr.config import ConfigError
+from orchestrator.wording import one_line
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -30,6 +32,19 @@ def is_left(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds that :func:`write_whole` has written.
+
+    Raises:
+        ConfigError: it is damaged; names it.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: {one_line(error)}") from None
 
 
 def not_writable(folder: Path, error: OSError) -> ConfigError:

@@ -19,6 +19,7 @@ from orchestrator.files import is_left
 from orchestrator.plan import Plan, Trial
 from orchestrator.results import State, TrialResult
 from orchestrator.room import Room
+from orchestrator.wording import without_secrets
 from orchestrator.worker import RESIZED, STOP, STOPPED, WORTH, damage, read_history
 
 if TYPE_CHECKING:
@@ -313,7 +314,8 @@ def failure_text(error: Any) -> str:
     """The first worker's error in a line, without Ray's traceback of every process."""
     cause = _cause(error)
     lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    last = without_secrets(lines[-1].strip()) if lines else "no message"
+    return f"{type(cause).__name__}: {last}"
 
 
 def _cause(error: Any) -> Any:

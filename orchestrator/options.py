@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+JOBS_PORT = 8265
+"""Where a head's dashboard and Jobs API listen, on its 127.0.0.1."""
+
+JOBS_API = f"http://127.0.0.1:{JOBS_PORT}"
+
 WorkersOption = Annotated[
     str | None,
     typer.Option(

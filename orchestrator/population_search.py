@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.board import Progress
-from orchestrator.files import write_whole
+from orchestrator.files import read_json, write_whole
 from orchestrator.jobs import result_on_disk
 from orchestrator.plan import Trial
 from orchestrator.population import Member, Turn, exchange, exchanges, found
@@ -86,7 +86,9 @@ class PopulationSearcher(Searcher):
                 reason = f"{self.sweep.search.metric} was not measured"
         except RuntimeError as error:
             reason = str(error)
-        if reason is not None:
+        if reason == STOPPED:
+            self._end(entry, "interrupted")
+        elif reason is not None:
             self._end(entry, "failed", reason)
         elif until == self.sweep.epochs:
             self._end(entry, "finished")
@@ -104,7 +106,8 @@ class PopulationSearcher(Searcher):
     def _enter(self, member: Member, origin: str = "") -> Entry:
         """The member's entry in the ledger: it begins, or is taken up again."""
         trial, entry = self._trial(member), self.ledger.entries.get(self._key(member))
-        if entry is None or entry.state == "failed":  # in an invocation before this one
+        # What has ended so did it in an invocation before this one.
+        if entry is None or entry.state in ("failed", "interrupted"):
             more = {"member": member.number, "turns": member.turns, "origin": origin}
             self.ledger.claim(self._key(member), member.suggestion, trial.id, **more)
             self.begin(self._key(member), trial)
@@ -126,9 +129,9 @@ class PopulationSearcher(Searcher):
         """Who goes on from whom after that epoch. It counts once it is written down; killed before
         that, the same comes of the same metrics."""
         search, places = self.sweep.search, {member.number: member for member in members}
-        failed = [member for member in members if self._entry(member).state == "failed"]
+        came = [m for m in members if self._entry(m).state not in ("failed", "interrupted")]
         scores = [
-            (member, None if member in failed else self._score(self._trial(member), epoch))
+            (member, self._score(self._trial(member), epoch) if member in came else None)
             for member in members
         ]
         after = exchange(search.space, search.seed, epoch, scores)
@@ -143,7 +146,7 @@ class PopulationSearcher(Searcher):
         source, before = f"#{self._entry(donor).number}", self._entry(old)
         problem = self._hand_over(self._trial(donor), self._trial(new), epoch)
         entry = self._enter(new, f"{source} after epoch {epoch}{problem}")
-        if before.state == "open":
+        if before.state in ("open", "interrupted"):
             reason = f"replaced by #{entry.number}, from {source}, after epoch {epoch}"
             self._end(before, "stopped", reason)
 
@@ -175,11 +178,15 @@ def _place(trial: Trial, turn: Turn) -> tuple[int, int]:
 
 
 def read_population(folder: Path) -> tuple[int, list[Member]] | None:
-    """The epoch of the last exchange, and the population since; None before the first."""
+    """The epoch of the last exchange, and the population since; None before the first.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     file = folder / POPULATION
     if not file.exists():
         return None
-    content = json.loads(file.read_text())
+    content = read_json(file)
     members = [
         Member(**{**row, "turns": tuple(Turn(**turn) for turn in row["turns"])})
         for row in content["members"]

@@ -18,9 +18,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from codetr.config import Strict
 from orchestrator.board import Epoch, History
+from orchestrator.files import as_far_as_possible, write_whole
 from orchestrator.outbox import Outbox
 from orchestrator.plan import Plan, Trial
-from orchestrator.tracking import Status, Tracker, is_permanent, without_password
+from orchestrator.tracking import Status, Tracker, is_permanent
 from orchestrator.wording import one_line
 
 FOLDER = ".outbox"
@@ -36,6 +37,13 @@ class _Told(Strict):
 
     parent: str
     at: float
+
+
+class Start(_Told):
+    """The invocation itself has begun, while the store was away."""
+
+    do: Literal["start"] = "start"
+    tags: dict[str, str]
 
 
 class Begin(_Told):
@@ -92,13 +100,19 @@ class Close(_Told):
     files: list[Path]
 
 
-Operation = Begin | Adopt | Discard | Record | Describe | Attach | Measure | End | Close
+Operation = Start | Begin | Adopt | Discard | Record | Describe | Attach | Measure | End | Close
 _FROM_TEXT: TypeAdapter[Operation] = TypeAdapter(Annotated[Operation, Field(discriminator="do")])
 
 
 def perform(operation: Operation, tracker: Tracker) -> None:
     """Write an operation into the store."""
-    tracker = tracker.beneath(operation.parent)
+    if isinstance(operation, Start):
+        tracker.start(operation.parent, operation.tags, operation.at)
+    else:
+        _perform(operation, tracker.beneath(operation.parent))
+
+
+def _perform(operation: Operation, tracker: Tracker) -> None:
     match operation:
         case Begin(trial=trial):
             tracker.begin(trial)
@@ -126,6 +140,12 @@ def outbox_path(plan: Plan) -> Path:
     return plan.folder / FOLDER / f"{digest}.jsonl"
 
 
+def _write_known(path: Path, parent: str) -> list[Path]:
+    """Keep that the store was there once: it is no mistake in the address if it is away later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return [write_whole(path, parent)]
+
+
 class Recorder:
     """Tells MLflow what an invocation does, in order, from a thread of its own.
 
@@ -147,10 +167,22 @@ class Recorder:
     def open(cls, plan: Plan, say: Callable[[str], None]) -> Recorder:
         """For a plan, beneath a new run of its own.
 
+        A store that has taken something of the experiment before may be away now: it is told later.
+
         Raises:
-            TrackingError: the store cannot be reached, or its address makes no sense.
+            TrackingError: the store cannot be reached for the first time, or its address makes no
+                sense.
         """
-        return cls(Tracker(plan), Outbox(outbox_path(plan), say), say)
+        path = outbox_path(plan)
+        known = path.with_suffix(".known")
+        tracker = Tracker(plan, may_wait=known.exists())
+        recorder = cls(tracker, Outbox(path, say), say)
+        if tracker.away is None:
+            as_far_as_possible(say, _write_known, known, tracker.parent)
+        else:
+            say(f"MLflow: {tracker.away}; going on: what it misses waits in {path}")
+            recorder._put(Start(tags=tracker.invocation_tags, **recorder._now))
+        return recorder
 
     # -------------------------------------------------------------------------------- what to tell
 
@@ -234,7 +266,7 @@ class Recorder:
         except ValidationError as error:
             self._say(f"{self.outbox.path}: left out what makes no sense: {one_line(error)}")
         except Exception as error:  # a store's failure must never be the training's
-            text = without_password(one_line(error))
+            text = one_line(error)
             if is_permanent(error):
                 self._say(f"MLflow: {text}")
                 return True

@@ -23,7 +23,8 @@ from orchestrator.files import not_writable, write_whole
 from orchestrator.lease import Lease, Leases, Owner, holder
 from orchestrator.plan import Options, Plan, Trial
 from orchestrator.results import RunningState
-from orchestrator.tracking import configuration, flatten, without_password
+from orchestrator.tracking import configuration, flatten
+from orchestrator.wording import without_secrets
 from orchestrator.worker import HISTORY, STOP
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def occupied(folder: Path) -> ConfigError:
 def keep_invocation(plan: Plan, search: dict[str, Any] | None = None) -> None:
     """Write down what was asked for, so that it can be resumed without its options.
 
-    A password of the tracking store is not kept.
+    Secrets in the addresses of the tracking store and of the checkpoints are not kept.
 
     Args:
         search: of a sweep, as plain values.
@@ -274,8 +275,8 @@ def keep_invocation(plan: Plan, search: dict[str, Any] | None = None) -> None:
         ConfigError: the plan's folder cannot be written.
     """
     options = asdict(plan.options)
-    uri = plan.options.tracking_uri
-    options["tracking_uri"] = None if uri is None else without_password(uri)
+    for key in ("tracking_uri", "storage"):
+        options[key] = options[key] and without_secrets(options[key])
     options["output"] = str(plan.output)
     if plan.options.data is not None and plan.trials[0].data.path is not None:
         options["data"] = str(plan.trials[0].data.path)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.options import JOBS_API
+
 if TYPE_CHECKING:
     from orchestrator.clusters import Action
     from orchestrator.plan import Options
@@ -26,7 +28,6 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Its id: see 'co
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="Jobs API of the cluster.", show_default=True)
 ]
-_JOBS_API = "http://127.0.0.1:8265"
 
 
 @cluster_app.command()
@@ -53,12 +54,34 @@ def ssh(
     *,
     forward: Annotated[
         bool,
-        typer.Option("--forward", help=f"Meanwhile its Jobs API is here too, as {_JOBS_API}."),
+        typer.Option("--forward", help=f"Meanwhile its Jobs API is here too, as {JOBS_API}."),
     ] = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Open a shell on its head."""
     _launch("ssh", file, forward=forward, dry_run=dry_run)
+
+
+@cluster_app.command()
+def drain(
+    *,
+    after_notice: Annotated[
+        str | None,
+        typer.Option(metavar="aws|gcp", help="Wait until that cloud takes the machine away."),
+    ] = None,
+    within: Annotated[
+        int, typer.Option(min=0, help="Else: seconds to save in, for which it returns not.")
+    ] = 100,
+) -> None:
+    """On a node of a cluster: have its trials save, as it is going away. See cluster/*.yaml."""
+    from orchestrator.cluster import show_token
+    from orchestrator.drain import leave, leave_and_stay, wait_for_notice
+
+    show_token()
+    if after_notice is None:
+        raise typer.Exit(leave_and_stay(within))
+    seconds = wait_for_notice(after_notice)
+    raise typer.Exit(leave(seconds, f"{after_notice} takes the machine away"))
 
 
 def _launch(
@@ -116,7 +139,7 @@ def submit_command(file: str | None, options: Options, *, detach: bool, dry_run:
 
 
 @job_app.command()
-def attach(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def attach(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Print a job's log from its beginning until it ends. Ctrl-C leaves the job running."""
     from orchestrator.submit import Jobs
 
@@ -124,7 +147,7 @@ def attach(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command()
-def logs(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def logs(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Print what a job has said so far."""
     from orchestrator.submit import Jobs
 
@@ -132,7 +155,7 @@ def logs(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command()
-def stop(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
+def stop(job: JobArgument, address: AddressOption = JOBS_API) -> None:
     """Have a job end in order."""
     from orchestrator.submit import Jobs
 
@@ -140,7 +163,7 @@ def stop(job: JobArgument, address: AddressOption = _JOBS_API) -> None:
 
 
 @job_app.command("list")
-def list_jobs(address: AddressOption = _JOBS_API) -> None:
+def list_jobs(address: AddressOption = JOBS_API) -> None:
     """List the jobs of a cluster, the newest first."""
     from orchestrator.submit import Jobs
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from orchestrator.files import write_whole
+from orchestrator.files import read_json, write_whole
 from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
@@ -42,12 +42,15 @@ _ENVIRONMENT = {
     # An epoch without an evaluation has no metric.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Paths in an experiment are seen from where the command was given.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     # After a kill at most so much of what was suggested is forgotten.
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
 }
 
-Progress = Literal["open", "finished", "stopped", "failed"]
+Progress = Literal["open", "finished", "stopped", "failed", "interrupted"]
+"""``stopped`` by the scheduler, ``interrupted`` by the user: only this one is gone on with."""
 
 
 @dataclass
@@ -86,9 +89,13 @@ class Entry:
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """Every suggestion so far; none if the sweep has not begun."""
+    """Every suggestion so far; none if the sweep has not begun.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     file = folder / LEDGER
-    return [Entry.read(row) for row in json.loads(file.read_text())] if file.exists() else []
+    return [Entry.read(row) for row in read_json(file)] if file.exists() else []
 
 
 class Ledger:
@@ -198,10 +205,14 @@ class Searcher(Foreman):
         """The trial's own word on why, better than what Tune makes of it."""
         self.ledger.end(tune_id, "failed", reason)
 
+    def interrupted(self, tune_id: str) -> None:
+        """Somebody has asked the trial to stop, or the one that another suggestion trains."""
+        self.ledger.end(tune_id, "interrupted")
+
     def ended(self, tune_id: str, epochs: int, *, error: bool) -> None:
         """Tune has ended a trial, or the trial itself has."""
         entry = self.ledger.entries.get(tune_id)
-        if entry is None or entry.state == "failed":
+        if entry is None or entry.state in ("failed", "interrupted"):
             pass
         elif error:
             self.ledger.end(tune_id, "failed", "Ray Tune lost the trial's process")
@@ -338,18 +349,30 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
         if ray.get(searcher.claim.remote(tune_id, suggestion, trial)):
             to_tune = _report_to_tune(sweep.search.metric, trial.training.epochs)
             reason = train_leased(sweep, trial, searcher, loop, callbacks=[to_tune])
-            if reason == STOPPED and ray.get(searcher.is_leaving.remote()):
-                threading.Event().wait()  # for the end of all: what is reported now would count
+            if reason == STOPPED:
+                if ray.get(searcher.is_leaving.remote()):
+                    threading.Event().wait()  # for the end of all: what is reported now would count
+                _interrupt(searcher, tune_id)
             if reason is not None:
                 ray.get(searcher.failed.remote(tune_id, reason))
                 raise RuntimeError(reason)
         else:
             while (first := ray.get(searcher.first.remote(trial.id))).state == "open":
                 time.sleep(_POLL_SECONDS)
+            if first.state == "interrupted":
+                _interrupt(searcher, tune_id)
             trial = trial_of(sweep, first)
         _report_last(sweep, trial)
 
     return codetr_trial
+
+
+def _interrupt(searcher: Any, tune_id: str) -> NoReturn:
+    """End a trial that is to be gone on with: Tune takes up again what has ended with an error."""
+    import ray
+
+    ray.get(searcher.interrupted.remote(tune_id))
+    raise RuntimeError(STOPPED)
 
 
 def train_leased(

@@ -26,7 +26,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from codetr.config import ConfigError
 from orchestrator.plan import Plan
-from orchestrator.wording import one_line
+from orchestrator.wording import one_line, without_secrets
 
 LEDGER = "checkpoint_manager_snapshot.json"
 """Ray Train's name for it."""
@@ -73,7 +73,7 @@ class Storage:
             # Others write there: what was once listed is soon out of date.
             filesystem, root = fsspec.core.url_to_fs(plan.storage, use_listings_cache=False)
         except Exception as error:  # each file system raises its own
-            raise ConfigError(f"--storage {plan.storage}: {one_line(error)}") from None
+            raise _refused(plan.storage, "cannot be reached", error) from None
         return cls(filesystem, f"{root.rstrip('/')}/{plan.name}/{plan.store.name}")
 
     def require_writable(self, plan: Plan) -> None:
@@ -88,9 +88,7 @@ class Storage:
             self.filesystem.pipe_file(probe, b"codetr")
             self.filesystem.rm_file(probe)
         except Exception as error:  # each file system raises its own
-            raise ConfigError(
-                f"--storage {plan.storage}: cannot be written: {one_line(error)}"
-            ) from None
+            raise _refused(plan.storage, "cannot be written", error) from None
 
     @property
     def is_local(self) -> bool:
@@ -285,8 +283,14 @@ def local_checkpoint(place: str) -> Iterator[Path]:
             filesystem, path = fsspec.core.url_to_fs(url)
             filesystem.get_file(path, str(copy))
         except Exception as error:  # each file system raises its own
-            raise ConfigError(f"{url}: {one_line(error)}") from None
+            raise ConfigError(f"{without_secrets(url)}: {one_line(error, url)}") from None
         yield copy
+
+
+def _refused(storage: str | None, why: str, error: Exception) -> ConfigError:
+    """What to tell the user of an address, without its secrets."""
+    shown = without_secrets(storage or "")
+    return ConfigError(f"--storage {shown}: {why}: {one_line(error, storage)}")
 
 
 def _reported(result: Any) -> set[str]:

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from codetr.config import ConfigError
-from orchestrator.cluster import authentication
+from orchestrator.cluster import show_token
+from orchestrator.options import JOBS_API
 from orchestrator.plan import Options
 from orchestrator.settings import parse_settings
-
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+from orchestrator.tracking import REVISION, revision_of
+from orchestrator.wording import has_secret, one_line, without_secrets
 
 EXCLUDED = (
     ".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
@@ -70,7 +70,11 @@ class Submission:
             "working_dir": str(self.tree),
             "excludes": excludes,
             # A stopped run then ends its MLflow runs and writes its tables; Ray's 3 s are too few.
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{self.grace + 60:.0f}"},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": f"{self.grace + 60:.0f}",
+                # Its history stays here.
+                **({REVISION: revision} if (revision := revision_of(self.tree)) else {}),
+            },
         }
 
 
@@ -99,14 +103,26 @@ def make_submission(tree: Path, words: list[str], file: str | None, options: Opt
     data = options.data
     if data not in (None, "digits", "digits-lvis") and not Path(data).is_absolute():
         raise ConfigError(f"--data {data}: give its absolute path on the cluster")
-    if options.tracking_uri and urlsplit(options.tracking_uri).password:
-        raise ConfigError(
-            "--tracking-uri: the command is shown in the cluster's dashboard: set user and "
-            "password in the environment of the cluster instead (MLFLOW_TRACKING_USERNAME, "
-            "MLFLOW_TRACKING_PASSWORD)"
-        )
     command = ("codetr", *_without_address(words))
+    _require_no_secret(options, command)
     return Submission(tree, command, tuple(_big_files(tree)), options.grace)
+
+
+def _require_no_secret(options: Options, command: tuple[str, ...]) -> None:
+    shown = "the command is shown in the cluster's dashboard"
+    if has_secret(options.tracking_uri or ""):
+        raise ConfigError(
+            f"--tracking-uri: {shown}: set user and password in the environment of the cluster "
+            "instead (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN)"
+        )
+    if has_secret(options.storage or ""):
+        raise ConfigError(
+            f"--storage: {shown}: give the address without its secret, and the cluster the key: in "
+            "its environment, or in files of its own"
+        )
+    for word in command:
+        if has_secret(word):
+            raise ConfigError(f"{without_secrets(word)}: {shown}: leave the secret out")
 
 
 def _without_address(words: list[str]) -> Iterator[str]:
@@ -148,8 +164,7 @@ class Jobs:
         if not is_jobs_api(address):
             raise ConfigError(f"--address {address}: jobs need http://HOST:PORT of the dashboard")
         self.address = address
-        for key, value in authentication().items():
-            os.environ.setdefault(key, value)
+        show_token()
         # Ray prefers these to what it is told.
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         os.environ.pop("RAY_ADDRESS", None)
@@ -222,7 +237,7 @@ class Jobs:
         info = self._client.get_job_info(job)
         if info.status.value == "SUCCEEDED":
             return 0
-        print(f"job {job}: {info.status.value.lower()}: {_one_line(info.message)}", flush=True)
+        print(f"job {job}: {info.status.value.lower()}: {one_line(info.message or '')}", flush=True)
         return int(info.driver_exit_code or 1)
 
     def _require(self, job: str) -> None:
@@ -247,17 +262,13 @@ class Jobs:
                 "~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"--address {self.address}: {_one_line(error)}") from None
+            raise ConfigError(f"--address {self.address}: {one_line(error)}") from None
 
 
 def how_to_return(job: str, address: str) -> str:
     """What to type for a job that goes on without us."""
-    where = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+    where = "" if address == JOBS_API else f" --address {address}"
     return (
         f"{job} goes on. See it again: codetr job attach {job}{where}\n"
         f"Stop it: codetr job stop {job}{where}"
     )
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text or "").split())[:300]

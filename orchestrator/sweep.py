@@ -22,6 +22,7 @@ from orchestrator.experiment import (
     load_experiment,
     read_extended,
 )
+from orchestrator.files import not_writable, read_json, write_whole
 from orchestrator.plan import Options, Plan, Trial, make_plan
 from orchestrator.population import (
     Turn,
@@ -192,6 +193,9 @@ def plan_sweep(experiment: Experiment, search: Search, common: Options) -> Sweep
     plans = [_plan_of(experiment, search, options, suggestion) for suggestion in suggestions]
     first = {trial.id: trial for plan in plans for trial in plan.trials}
     plan = replace(plans[0], experiment=experiment, trials=tuple(first.values()))
+    if options.data is not None and (path := plan.trials[0].data.path) is not None:
+        # Absolute: later suggestions are planned by processes that are elsewhere.
+        options = replace(options, data=str(path))
     sweep = Sweep(search, experiment, options, plan)
     if sweep.is_population:
         _require_exchanges(sweep)
@@ -335,17 +339,22 @@ def require_same_sweep(sweep: Sweep) -> None:
     """Note what the sweep is in its folder, or see that it is the one that is there.
 
     Raises:
-        ConfigError: another sweep, or a run, lies there.
+        ConfigError: another sweep, or a run, lies there; the note is damaged, or cannot be written.
     """
     file = sweep.folder / "sweep.json"
     definition = json.loads(json.dumps(sweep.definition()))
     if not file.exists():
         if (sweep.folder / "results.csv").exists():
             raise ConfigError(f"{sweep.folder} holds something else than a sweep: give --name")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(definition, indent=1))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(definition, indent=1))
+        except OSError as error:
+            raise not_writable(sweep.folder, error) from None
         return
-    before = json.loads(file.read_text())
+    before = read_json(file)
+    if not isinstance(before, dict) or not isinstance(before.get("search"), dict):
+        raise ConfigError(f"{file}: not as 'codetr sweep' writes it")
     different = [key for key in definition if before.get(key) != definition[key]]
     if "search" in different:
         search = definition["search"]

@@ -160,7 +160,7 @@ def run_and_show(planned: Sweep, *, dry_run: bool = False) -> NoReturn:
 
 def _show_sweep(console: Console, planned: Sweep) -> None:
     from orchestrator.console import detector_text
-    from orchestrator.tracking import without_password
+    from orchestrator.wording import without_secrets
 
     plan, search = planned.plan, planned.search
     trial = plan.trials[0]
@@ -183,7 +183,7 @@ def _show_sweep(console: Console, planned: Sweep) -> None:
         "training": f"{trial.training.epochs} epochs × {trial.steps_per_epoch} steps, global "
         f"batch {trial.training.batch_size}",
         "output": str(plan.folder),
-        "tracking": without_password(plan.tracking_uri),
+        "tracking": without_secrets(plan.tracking_uri),
     }
     for key, value in facts.items():
         console.print(f"  {key:<{width}}  {value}", markup=False)

@@ -48,6 +48,7 @@ _STATUS: dict[str, Status] = {
     "stopped": "FINISHED",  # the scheduler's decision, not a failure
     "failed": "FAILED",
     "open": "KILLED",
+    "interrupted": "KILLED",
 }
 
 
@@ -99,10 +100,9 @@ class _SweepRun:
         interrupted = None
         try:
             before = read_ledger(self.sweep.folder)
-            done = [entry for entry in before if is_done(entry)]
             try:
                 self._start(with_ray=not is_complete(self.sweep, before))
-                self._take_over(done)
+                self._take_over(before)
                 if self.cluster.started:
                     self._search()
             except ForemanLost as lost:
@@ -142,16 +142,13 @@ class _SweepRun:
     def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
         return as_far_as_possible(self.view.say, write, self.sweep.plan, *arguments)
 
-    def _take_over(self, done: list[Entry]) -> None:
-        for entry in done:
-            if self._is_first(entry):
+    def _take_over(self, before: list[Entry]) -> None:
+        # Other suggestions that stand for the same trial have no run of their own.
+        first = {entry.trial: entry.tune_id for entry in reversed(before)}
+        for entry in before:
+            if is_done(entry) and first[entry.trial] == entry.tune_id:
                 self._tell.adopt(self._trial(entry))
                 self._end(entry)
-
-    def _is_first(self, entry: Entry) -> bool:
-        """Other suggestions that stand for the same trial have no run of their own."""
-        first = next(e for e in read_ledger(self.sweep.folder) if e.trial == entry.trial)
-        return first.tune_id == entry.tune_id
 
     def _trial(self, entry: Entry) -> Trial:
         if entry.trial not in self.trials:
@@ -288,4 +285,5 @@ def suggestion_tags(entry: Entry) -> dict[str, str]:
 
 def stop_reason(entry: Entry) -> str:
     """Why its training ended: in a word, or as the scheduler or the failure has it."""
-    return entry.reason or {"finished": "all epochs", "open": "interrupted"}.get(entry.state, "")
+    words = {"finished": "all epochs", "open": "interrupted"}
+    return entry.reason or words.get(entry.state, entry.state)

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import random
-import re
 import socket
 import subprocess
 import time
@@ -22,6 +21,7 @@ from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import psutil
 from filelock import FileLock
@@ -30,7 +30,7 @@ import codetr
 from codetr.config import ConfigError
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan, Trial
-from orchestrator.wording import one_line
+from orchestrator.wording import one_line, without_secrets
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -40,11 +40,18 @@ PARAM_LENGTH = 500
 METRICS_AT_ONCE = 1000
 """More are refused by MLflow's servers."""
 
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
-"""MLflow's codes of errors that trying again cannot mend."""
+_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+"""MLflow's codes of errors that trying again cannot mend. A permission that is denied is none: a
+proxy says so, too, and an administrator may mend it."""
 
 _COMPLETE = "codetr.complete"
 """Tag of a run whose parameters, inputs and configuration are all there."""
+
+_INVOCATION = "codetr.invocation"
+"""Tag of an invocation's run: its own name for itself."""
+
+_LATER = "invocation-"
+"""So begin names of invocations; the ids of MLflow's runs do not."""
 
 _OPENING_SECONDS, _OPENING_PAUSE = 45.0, 2.0
 """Machines that make a database's tables at the same time fail each other; for so long, and after
@@ -52,15 +59,19 @@ pauses of about so many seconds, is it tried again."""
 
 
 class TrackingError(ConfigError):
-    """The tracking store cannot be used; the text names it without its password."""
+    """The tracking store cannot be used; the text names it without its secrets."""
 
 
 class Tracker:
     """Writes one invocation into an MLflow store."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, may_wait: bool = False) -> None:
         """Open the store and make it ready, before any trial starts: several processes that open a
         new SQLite file at once crash in its migrations.
+
+        Args:
+            may_wait: a store that does not answer now is tried again whenever something is to be
+                written; :attr:`away` says why it did not.
 
         Raises:
             TrackingError: it cannot be reached, or its address makes no sense.
@@ -79,16 +90,24 @@ class Tracker:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self.plan = plan
         self._runs: dict[str, str] = {}
+        self.client: Any = None
+        self.parent = f"{_LATER}{uuid4().hex}"
+        self.away: str | None = None
         try:
-            self.client, self.experiment_id = self._open()
-            self._close_stale_runs()
-            self.parent = self._start_parent()
+            self.parent = self.start(self.parent, self.invocation_tags, time.time())
         except Exception as error:  # whatever the store's own library raises
-            reason = one_line(error)
-            raise TrackingError(
-                f"--tracking-uri {without_password(plan.tracking_uri)}: cannot be used: "
-                f"{without_password(reason)}"
-            ) from error
+            self.away = (
+                f"--tracking-uri {without_secrets(plan.tracking_uri)}: cannot be used: "
+                f"{one_line(error, plan.tracking_uri)}"
+            )
+            if not may_wait:
+                raise TrackingError(self.away) from None
+
+    def _connect(self) -> None:
+        if self.client is None:
+            client, self.experiment_id = self._open()
+            self._close_stale_runs(client)
+            self.client = client
 
     def _open(self) -> tuple[Any, str]:
         """A client of the store, which is made ready, and the id of the experiment."""
@@ -123,36 +142,68 @@ class Tracker:
         artifacts = None if self._is_server else place.as_uri()
         return client, str(client.create_experiment(self.plan.name, artifact_location=artifacts))
 
-    def _close_stale_runs(self) -> None:
+    @staticmethod
+    def _close_stale_runs(client: Any) -> None:
         """End what a killed invocation on this machine has left as running."""
-        everywhere = [e.experiment_id for e in self.client.search_experiments()]
-        for run in self.client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
+        everywhere = [e.experiment_id for e in client.search_experiments()]
+        for run in client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
             owner = run.data.tags.get("codetr.owner")
             if owner is not None and _is_dead(owner):
-                self.client.set_terminated(run.info.run_id, "KILLED")
+                client.set_terminated(run.info.run_id, "KILLED")
 
-    def _start_parent(self) -> str:
+    @property
+    def invocation_tags(self) -> dict[str, str]:
+        """Of the invocation's run."""
         plan = self.plan
-        trial = plan.trials[0]
+        return {
+            "mlflow.note.content": plan.experiment.question,
+            "codetr.owner": _owner(),
+            "experiment": plan.experiment.name,
+            "profile": plan.profile,
+            "git_revision": git_revision(),
+            "dataset_fingerprint": plan.trials[0].facts.fingerprint,
+            "trials": str(len(plan.trials)),
+        }
+
+    def start(self, invocation: str, tags: dict[str, str], at: float) -> str:
+        """Create the run of an invocation, unless it is there; returns its id.
+
+        Args:
+            invocation: a name that no other invocation has.
+            at: when it began, in seconds since 1970.
+        """
+        self._connect()
+        if (known := self._parent_of(invocation)) is not None:
+            return known
         run = self.client.create_run(
             self.experiment_id,
-            run_name=f"{plan.experiment.name} ({plan.profile})",
-            tags={
-                "mlflow.note.content": plan.experiment.question,
-                "codetr.owner": _owner(),
-                "experiment": plan.experiment.name,
-                "profile": plan.profile,
-                "git_revision": git_revision(),
-                "dataset_fingerprint": trial.facts.fingerprint,
-                "trials": str(len(plan.trials)),
-            },
+            run_name=f"{self.plan.experiment.name} ({self.plan.profile})",
+            start_time=int(1000 * at),
+            tags={**tags, _INVOCATION: invocation},
         )
-        return str(run.info.run_id)
+        run_id = str(run.info.run_id)
+        self._runs[invocation] = run_id
+        if _is_dead(tags["codetr.owner"]):  # before it could tell of its beginning
+            self.client.set_terminated(run_id, "KILLED", end_time=int(1000 * at))
+        return run_id
+
+    def _parent_of(self, invocation: str) -> str | None:
+        if invocation not in self._runs:
+            only_this = f"tags.`{_INVOCATION}` = '{invocation}'"
+            found = self.client.search_runs([self.experiment_id], only_this)
+            if not found:
+                return None
+            self._runs[invocation] = str(found[0].info.run_id)
+        return self._runs[invocation]
 
     def beneath(self, parent: str) -> Tracker:
-        """The same for another invocation's run."""
+        """The same for another invocation's run, by its id, or by the invocation's name where there
+        was no run yet."""
+        self._connect()
         other = copy(self)
         other.parent = parent
+        if parent.startswith(_LATER):
+            other.parent = self.start(parent, self.invocation_tags, time.time())
         return other
 
     # ------------------------------------------------------------------------------------- a trial
@@ -246,9 +297,10 @@ class Tracker:
         from mlflow.entities import Metric
 
         run_id = self._run(trial)
-        known = self.client.get_run(run_id).data.metrics.get("epoch", 0)
+        # One by one: where something went wrong, an earlier one may be missing before a later one.
+        known = {point.step for point in self.client.get_metric_history(run_id, "epoch")}
         for epoch in epochs:
-            if epoch.epoch > known:
+            if epoch.epoch not in known:
                 values = {"epoch": float(epoch.epoch), "step": float(epoch.step), **epoch.values}
                 millis = int(1000 * (epoch.time or at))
                 points = [Metric(key, value, millis, epoch.epoch) for key, value in values.items()]
@@ -335,21 +387,26 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: values if isinstance(values, str) else json.dumps(values)}
 
 
-def without_password(text: str) -> str:
-    """``postgresql://me:secret@host`` -> ``postgresql://me:***@host``."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+REVISION = "CODETR_REVISION"
+"""In the environment of a job: the commit of the tree that was uploaded without its history."""
 
 
 def git_revision() -> str:
-    """The commit of this checkout, ``+`` if it is changed; in an installed wheel its version."""
+    """The commit of this checkout, ``+`` if it is changed; of an uploaded one as it was told; in an
+    installed wheel its version."""
     root = Path(codetr.__file__).parents[1]
-    if not (root / ".git").exists():
-        return f"codetr {codetr.__version__}"
+    return revision_of(root) or os.environ.get(REVISION) or f"codetr {codetr.__version__}"
+
+
+def revision_of(root: Path) -> str | None:
+    """The commit of a checkout of codetr, ``+`` if it is changed; None if it is not one."""
+    if not (root / ".git").exists() or not (root / "codetr" / "__init__.py").exists():
+        return None
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return f"codetr {codetr.__version__}"
+        return None
     return done.stdout.strip()
 
 

@@ -72,6 +72,24 @@ def test_cloud_workers_are_spot_and_the_head_is_not() -> None:
     assert "scheduling" not in gcp["head"]["node_config"]
 
 
+def test_spot_workers_pass_the_notice_on(raycluster: dict) -> None:
+    for file, cloud in zip(FOR_RAY[:2], ("aws", "gcp"), strict=True):
+        config = yaml.safe_load(file.read_text())
+        (watch,) = [c for c in config["worker_start_ray_commands"] if "drain" in c]
+        assert f"codetr cluster drain --after-notice {cloud} " in watch
+        assert not [c for c in config["head_start_ray_commands"] if "drain" in c]
+        shellcheck = Path(sys.executable).with_name("shellcheck")
+        done = subprocess.run(
+            [shellcheck, "--shell=bash", "-"], input=watch, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    pod = raycluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:3] == ["codetr", "cluster", "drain"]
+    assert int(hook[hook.index("--within") + 1]) < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_exist(command: str, tmp_path: Path, monkeypatch) -> None:
     words = shlex.split(command)[1:]
@@ -144,6 +162,7 @@ printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'n1\\nn2\\nn3\\n' ;;
     "srun --nodes=1") [[ $* == *hostname* ]] && echo '10.0.0.1 fe80::1' ;;
+    "ray status") [[ -z ${NO_RAY:-} ]] || { echo >> "$NO_RAY"; exit 1; } ;;
     "codetr run") if [[ -n ${SLOW:-} ]]; then
         trap 'exit 143' TERM; echo >> "$SLOW"; while :; do sleep 0.1; done
     fi; exit "${CODE:-0}" ;;
@@ -206,6 +225,17 @@ def test_slurm_queues_a_preempted_job_again(slurm, tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(60) == 143
     assert "scontrol requeue 123456" in (tmp_path / "calls").read_text().splitlines()
+
+
+def test_slurm_queues_a_job_again_that_is_preempted_while_ray_starts(slurm, tmp_path: Path) -> None:
+    process = slurm("ablation-k", NO_RAY=str(tmp_path / "starting"))
+    while not (tmp_path / "starting").exists():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 143
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "scontrol requeue 123456" in calls
+    assert not [call for call in calls if call.startswith("codetr")]
 
 
 def test_slurm_wants_an_experiment(slurm) -> None:

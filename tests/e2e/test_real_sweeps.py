@@ -12,6 +12,7 @@ from test_run import EXPERIMENT
 
 from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
+from orchestrator.records import read_records
 
 pytestmark = pytest.mark.e2e
 
@@ -80,6 +81,17 @@ def test_a_grid_of_real_trainings_stopped_resumed_and_the_best_of_it(laboratory)
     assert "asked" in finish(laboratory.command("stop", "tiny", *output))[1]
     code, out = finish(process)
     assert code == 128 + signal.SIGTERM, out
+
+    # One trial alone is asked to stop: what stands for the same waits for it no longer.
+    process = laboratory.command("resume", "tiny", *output)
+    read_until(process, "epoch [0-9]+/")
+    (trial, *_) = [r for r in read_records(laboratory.output / "tiny") if r.state == "running"]
+    assert "saves and stops" in finish(laboratory.command("stop", trial.id, *output))[1]
+    code, out = finish(process)
+    assert code == 1, out
+    states = {row["trial_id"]: row["status"].split()[0] for row in laboratory.rows()}
+    assert states.pop(trial.id) == "interrupted"
+    assert [*states.values()] == ["finished"]
     code, out = finish(laboratory.command("resume", "tiny", *output))
     assert code == 0, out
     assert f"epoch {EPOCHS}/{EPOCHS}" in out
@@ -87,8 +99,9 @@ def test_a_grid_of_real_trainings_stopped_resumed_and_the_best_of_it(laboratory)
     found = laboratory.rows()
     assert Counter(row["status"] for row in found) == {"finished": 2, "finished (same trial)": 1}
     assert len(list((laboratory.output / "tiny" / "trials").iterdir())) == 2
-    (parent, stopped), children = laboratory.runs()
-    assert (parent.info.status, stopped.info.status) == ("FINISHED", "KILLED")
+    parents, children = laboratory.runs()
+    assert [run.info.status for run in parents] == ["FINISHED", "FAILED", "KILLED"]
+    parent = parents[0]
     assert len(children) == 2
     for run in children:
         tags = run.data.tags

@@ -28,6 +28,13 @@ PLANTED = {
     )
 }
 
+FORMS = (
+    "http://me:{secret}@127.0.0.1:{port}",
+    "http://{secret}@127.0.0.1:{port}",
+    "postgresql://127.0.0.1:{port}/db?user=me&password={secret}",
+)
+"""How the address of a tracking store may hold its secret."""
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[int]:
@@ -83,17 +90,41 @@ def test_a_run_leaves_no_secret_anywhere(server: int, tmp_path: Path) -> None:
     assert leaks(tmp_path / "runs", tmp_path / "server", logs) == []
 
 
-def test_a_server_that_is_gone_is_told_without_the_password(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_a_sweep_leaves_no_secret_anywhere(server: int, tmp_path: Path) -> None:
+    """Ray Tune writes down more than Ray Train does; the user's name is a token, too."""
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT.replace("epochs: 3", "epochs: 1"))
+    make_digits(tmp_path / "digits", train_images=24, val_images=6, size=64)
+    done = subprocess.run(
+        [
+            *CODETR, "sweep", "tiny.yaml", "--data", "./digits", "--output", "runs",
+            "--over", "heads=[]", "--searcher", "grid",
+            "--tracking-uri", f"http://{PASSWORD}:@127.0.0.1:{server}",
+        ],
+        cwd=tmp_path, env={**os.environ, **PLANTED}, capture_output=True, text=True,
+        timeout=2 * PATIENCE, check=False,
+    )  # fmt: skip
+    out = done.stdout + done.stderr
+    assert done.returncode == 0, out
+    assert not [secret for secret in (PASSWORD, *PLANTED.values()) if secret in out]
+    assert [*(tmp_path / "runs" / "tiny" / "tune").iterdir()]
+    assert leaks(tmp_path / "runs", tmp_path / "server") == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_server_that_is_gone_is_told_without_the_secret(form: str, tmp_path: Path) -> None:
     make_digits(tmp_path / "digits", train_images=24, val_images=6, size=64)
     (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
     done = subprocess.run(
         [
             *CODETR, "run", "tiny.yaml", "--data", "./digits", "--output", "runs",
-            "--tracking-uri", f"http://me:{PASSWORD}@127.0.0.1:{free_port()}",
+            "--tracking-uri", form.format(secret=PASSWORD, port=free_port()),
         ],
         cwd=tmp_path, env={**os.environ, **PLANTED}, capture_output=True, text=True,
         timeout=PATIENCE, check=False,
     )  # fmt: skip
     out = done.stdout + done.stderr
+    assert done.returncode == 2, out
     assert "Traceback" not in out
     assert not [secret for secret in (PASSWORD, *PLANTED.values()) if secret in out]
+    assert leaks(tmp_path / "runs") == []

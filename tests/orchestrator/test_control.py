@@ -17,6 +17,7 @@ from orchestrator.control import (
     status,
     stop,
 )
+from orchestrator.jobs import failure_text
 from orchestrator.lease import Leases
 from orchestrator.plan import make_plan
 from orchestrator.records import (
@@ -30,6 +31,7 @@ from orchestrator.records import (
     take_over,
 )
 from orchestrator.runner import known_result
+from orchestrator.storage import Storage
 from orchestrator.trial_log import log, trial_log
 
 INVOCATION = """
@@ -181,15 +183,39 @@ def test_resume_plans_the_same_trials(tmp_path, monkeypatch, coco_folder):
     assert (last.options.rerun, last.search) == ("failed", None)
 
 
-def test_a_password_is_not_kept(tmp_path):
-    plan = sample_plan(tmp_path, tracking_uri="postgresql://me:hunter2@host/db")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://me:hunter2@host/db",
+        "postgresql://host/db?user=me&password=hunter2",
+        "https://hunter2@host",
+    ],
+)
+def test_secrets_in_addresses_are_not_kept(tmp_path, uri):
+    storage = "sftp://me:hunter2@host/lab"
+    plan = sample_plan(tmp_path, tracking_uri=uri, storage=storage)
     plan.folder.mkdir()
     keep_invocation(plan)
     assert "hunter2" not in (plan.folder / "invocation.yaml").read_text()
     with pytest.raises(ConfigError, match="give --tracking-uri"):
-        invocation_to_resume(tmp_path, plan.name, None)
-    last = invocation_to_resume(tmp_path, plan.name, "sqlite:///x.db")
-    assert last.options.tracking_uri == "sqlite:///x.db"
+        invocation_to_resume(tmp_path, plan.name)
+    with pytest.raises(ConfigError, match="give --storage"):
+        invocation_to_resume(tmp_path, plan.name, "sqlite:///x.db")
+    last = invocation_to_resume(tmp_path, plan.name, "sqlite:///x.db", storage)
+    assert (last.options.tracking_uri, last.options.storage) == ("sqlite:///x.db", storage)
+
+
+def test_a_storage_that_cannot_be_used_is_told_without_its_secret(tmp_path):
+    """Nothing is asked of the network: what SFTP needs is not installed, or nobody listens."""
+    plan = sample_plan(tmp_path, storage="sftp://me:hunter2@127.0.0.1:9/lab")
+    with pytest.raises(ConfigError, match=r"--storage sftp://me:\*\*\*@127.0.0.1:9/lab") as error:
+        Storage.of(plan)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_failure_is_told_without_a_secret():
+    error = OSError("x\ncannot reach sftp://me:hunter2@host/lab")
+    assert failure_text(error) == "OSError: cannot reach sftp://me:***@host/lab"
 
 
 def test_an_invocation_file_of_something_else(plan):

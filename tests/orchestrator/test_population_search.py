@@ -118,6 +118,20 @@ def test_what_has_failed_is_replaced_and_stays_failed(sweep):
     assert (failed.state, failed.reason) == ("failed", "loss not finite")
 
 
+def test_who_was_asked_to_stop_is_interrupted_and_replaced(sweep):
+    """Until the exchange it would be gone on with; then another is in its place."""
+    searcher = searching(sweep)
+    members = searcher.enter()
+    searcher._end(searcher._entry(members[1]), "interrupted")
+    (history,) = (sweep.plan.store / searcher._trial(members[1]).name).glob("epoch-*/history.json")
+    history.write_text(json.dumps(json.loads(history.read_text())[:1]))  # it came no further
+    assert searching(sweep)._enter(members[1]).state == "open", "after a new start"
+    after = searcher._exchange(members, EPOCH)
+    assert [member.donor for member in after] == [3, 3, None, None]
+    entry = read_ledger(sweep.folder)[1]
+    assert (entry.state, entry.reason) == ("stopped", "replaced by #6, from #3, after epoch 2")
+
+
 def test_if_all_have_failed_nobody_is_left(sweep):
     searcher = searching(sweep)
     members = searcher.enter()

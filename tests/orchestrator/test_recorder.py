@@ -14,7 +14,7 @@ from trial_samples import sample_epoch, sample_plan
 from orchestrator import recorder as module
 from orchestrator.outbox import Outbox
 from orchestrator.recorder import Recorder, outbox_path
-from orchestrator.tracking import Tracker
+from orchestrator.tracking import Tracker, TrackingError
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +138,15 @@ def test_it_does_not_insist_on_what_can_never_be(plan, tmp_path):
     assert said == ["MLflow: away"]
 
 
+def test_a_proxy_that_forbids_for_a_while_costs_nothing(plan, tmp_path):
+    store, said = Store(["away", "away"], code="PERMISSION_DENIED"), []
+    recorder = open_recorder(store, tmp_path / "box", said)
+    recorder.begin(plan.trials[0])
+    recorder.record(plan.trials[0], history(1))
+    recorder.close("FINISHED", [], patience=20)
+    assert store.calls == ["begin", "record", "close"]
+
+
 def test_what_a_dead_store_has_not_taken_waits_for_the_next_run(plan, tmp_path):
     away = threading.Event()
     dead = SimpleNamespace(parent="first", beneath=lambda _: away.wait() or dead)
@@ -199,6 +208,49 @@ def test_every_point_arrives_once_in_order(plan, tmp_path_factory, troubles, run
 def test_the_journal_names_no_password(tmp_path):
     plan = sample_plan(tmp_path, tracking_uri="http://me:hunter2@127.0.0.1:9")
     assert "hunter2" not in str(outbox_path(plan))
+
+
+def test_a_store_that_was_there_once_may_be_away_at_the_start(tmp_path, monkeypatch):
+    """Two invocations begin without it, the first is killed; what both did arrives once."""
+    plan, said = sample_plan(tmp_path), []
+    trial = plan.trials[0]
+    first = Recorder.open(plan, said.append)
+    first.begin(trial)
+    first.close("KILLED", [], patience=60)
+
+    def refuse(_):
+        raise ConnectionError("away")
+
+    there = Tracker._open
+    monkeypatch.setattr(Tracker, "_open", refuse)
+    killed = Recorder.open(plan, said.append)
+    killed.begin(trial)
+    killed.record(trial, history(1))
+    killed._given_up.set()
+    killed._thread.join()
+    assert "cannot be used: away; going on" in said[0]
+    second = Recorder.open(plan, said.append)
+    second.begin(trial)
+    second.record(trial, history(2))
+    monkeypatch.setattr(Tracker, "_open", there)
+    second.end(trial, "FINISHED")
+    second.close("FINISHED", [], patience=60)
+
+    client, where = second.tracker.client, [second.tracker.experiment_id]
+    (run,) = client.search_runs(where, f"tags.trial_id = '{trial.id}'")
+    points = client.get_metric_history(run.info.run_id, "val/AP")
+    assert [point.step for point in points] == [1, 2]
+    parents = [r for r in client.search_runs(where) if "trial_id" not in r.data.tags]
+    assert len(parents) == 3
+    assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert parents[0].info.status == "FINISHED"
+    assert not outbox_path(plan).exists()
+
+
+def test_a_store_that_was_never_there_is_refused(tmp_path):
+    plan = sample_plan(tmp_path, tracking_uri="http://127.0.0.1:9/")
+    with pytest.raises(TrackingError, match="--tracking-uri"):
+        Recorder.open(plan, [].append)
 
 
 def test_a_real_store_gets_the_times_of_the_epochs(tmp_path):

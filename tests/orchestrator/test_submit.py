@@ -5,10 +5,11 @@ import pytest
 import typer
 
 from codetr.config import ConfigError
-from orchestrator import remote_cli
+from orchestrator import remote_cli, tracking
 from orchestrator.cli import app
 from orchestrator.plan import Options
 from orchestrator.submit import BIG_FILE, Jobs, how_to_return, is_jobs_api, make_submission
+from orchestrator.tracking import REVISION, git_revision
 
 API = "http://127.0.0.1:8265"
 OPTIONS = Options(output=Path("/shared/runs"), data="/shared/coco", address=API)
@@ -42,6 +43,10 @@ def test_the_command_is_the_same_without_where_and_how(tmp_path):
         ({"output": Path("runs")}, "--output runs: .* absolute"),
         ({"data": "coco"}, "--data coco: .* absolute"),
         ({"tracking_uri": "postgresql://me:hush@host/db"}, "MLFLOW_TRACKING_PASSWORD"),
+        ({"tracking_uri": "postgresql://host/db?password=hush"}, "MLFLOW_TRACKING_PASSWORD"),
+        ({"tracking_uri": "https://hush@host"}, "MLFLOW_TRACKING_TOKEN"),
+        ({"storage": "sftp://me:hush@host/lab"}, "--storage: .* in its environment"),
+        ({"words": ("run", "a", "--storage=sftp://me:hush@h/lab")}, r"me:\*\*\*@h/lab: .*leave"),
         ({"settings": ("lambda_3=1",)}, "no such setting"),
         ({"experiment": "../ablation-k.yaml"}, "ablation-k.yaml"),
     ],
@@ -92,6 +97,18 @@ def test_nothing_of_the_environment_goes_along(tmp_path, monkeypatch):
     made = submission(tmp_path)
     assert "hush" not in repr(made.runtime_env)
     assert list(made.runtime_env["env_vars"]) == ["RAY_JOB_STOP_WAIT_TIME_S"]
+
+
+def test_the_revision_of_an_uploaded_checkout_is_recorded(tmp_path, monkeypatch):
+    """As on the cluster: the code without its history, in another place."""
+    here = Path(tracking.codetr.__file__).parents[1]
+    told = submission(here).runtime_env["env_vars"][REVISION]
+    assert told == git_revision()
+    (tmp_path / "codetr").mkdir()
+    monkeypatch.setattr(tracking.codetr, "__file__", str(tmp_path / "codetr" / "__init__.py"))
+    assert git_revision() == f"codetr {tracking.codetr.__version__}"
+    monkeypatch.setenv(REVISION, told)
+    assert git_revision() == told
 
 
 def test_nobody_there_is_one_line():

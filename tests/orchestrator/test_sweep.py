@@ -1,3 +1,4 @@
+import errno
 import re
 import shlex
 from dataclasses import replace
@@ -79,6 +80,15 @@ def test_resume_goes_on_with_the_same_sweep(tmp_path, given):
     assert read_records(sweep.folder) == []
 
 
+def test_a_relative_data_set_is_found_from_everywhere(tmp_path, monkeypatch, coco_folder):
+    """Suggestions are planned in processes of Ray Tune, which are in folders of their own."""
+    monkeypatch.chdir(coco_folder.parent)
+    common = Options(output=tmp_path, data=coco_folder.name, workers=1)
+    sweep = make_sweep(None, SweepOptions(over=("lambda_1=1,2",), common=common))
+    monkeypatch.chdir(tmp_path)
+    assert sweep.trial({"lambda_1": 1}).id == sweep.plan.trials[0].id
+
+
 def test_a_grid_knows_its_trials(tmp_path):
     sweep = sample_sweep(tmp_path, over=("lambda_1=1,2,1.0",), searcher="grid", samples=99)
     assert sweep.count == 3
@@ -131,6 +141,36 @@ def test_only_the_same_sweep_goes_on_in_a_folder(tmp_path):
     (run.folder / "results.csv").touch()
     with pytest.raises(ConfigError, match="something else than a sweep"):
         require_same_sweep(run)
+
+
+@pytest.mark.parametrize("content", ['{"search": {"spa', "[]", '{"search": 1}'])
+def test_a_damaged_note_is_named(tmp_path, content):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
+    require_same_sweep(sweep)
+    (sweep.folder / "sweep.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"sweep\.json: (damaged|not as)"):
+        require_same_sweep(sweep)
+
+
+def test_a_full_disk_leaves_no_half_of_a_note(tmp_path, monkeypatch):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
+
+    def fill(path, text):
+        with path.open("w") as file:
+            file.write(text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fill)
+        with pytest.raises(ConfigError, match="No space"):
+            require_same_sweep(sweep)
+    require_same_sweep(sweep)
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    (tmp_path / "suggestions.json").write_text("[{")
+    with pytest.raises(ConfigError, match=r"suggestions\.json: damaged"):
+        read_ledger(tmp_path)
 
 
 def test_the_ledger_outlives_its_process(tmp_path):
