@@ -34,7 +34,7 @@ from deformable_operator import PEER
 from frame import ROOT, Disagreement, Report, Sample, arguments, settings_of
 
 if TYPE_CHECKING:
-    from detectors import Task
+    from detectors import Ours, Task
 
 DETECTOR_NEEDS = ("torchvision", "timm", "pydantic", "scipy", "yaml")
 GOLDEN = ["co_deformable", *(f"co_deformable_edge/{c}" for c in ("empty1", "allempty", "trunc"))]
@@ -155,8 +155,10 @@ def run_stages(stages: Stages, report: Report, options: argparse.Namespace) -> N
     detector, size = SMALL if options.small else R50, tuple(options.size)
     task = Task(detector, size, options.batch, options.objects, "fp32", options.device)
     stages.run("agreement", 20, lambda: require_agreement(report, task))
+    exact: dict[str, float] = {}
+    stages.run("losses in fp32", 40, lambda: exact.update(exact_losses(task)))
     for mode in MODES if not options.without_compile else (m for m in MODES if "compile" not in m):
-        measure_mode(stages, report, task, mode, options.rounds)
+        measure_mode(stages, Measured(report, task, exact, options.rounds), mode)
 
 
 # ------------------------------------------------------------------------------------- correctness
@@ -255,26 +257,78 @@ def require_agreement(report: Report, task: Task) -> None:
 
 MODES = {"bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "fp32": ("fp32", False)}
 """Precision, and whether ours is compiled; transformers' detector never is."""
+MODE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+"""Of the first loss, beside that in fp32: bf16 has three digits, and may match other queries."""
 ACTIONS = ("training step", "inference")
 
 
-def measure_mode(stages: Stages, report: Report, task: Task, mode: str, rounds: int) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """What every mode is measured on.
+
+    Attributes:
+        report: of all modes.
+        task: in fp32.
+        exact: :func:`exact_losses`.
+        rounds: samples of each contender.
+    """
+
+    report: Report
+    task: Task
+    exact: dict[str, float]
+    rounds: int
+
+
+def exact_losses(task: Task) -> dict[str, float]:
+    """The total loss of each of ours before its first step, in fp32 and not compiled."""
+    from detectors import HEADS, PLAIN, Ours
+
+    losses = {}
+    for name in (PLAIN, *HEADS):
+        losses[name] = first_loss(Ours(task, name))
+        free(task.device)
+    return losses
+
+
+def first_loss(contender: Ours) -> float:
+    """The total loss before a first step, with the same random draws for every contender."""
+    torch.manual_seed(0)
+    return contender.training_step()
+
+
+def require_exact(measured: Measured, mode: str, name: str, loss: float) -> None:
+    """That a mode computes what fp32 does, to its own rounding.
+
+    Raises:
+        LeftOut: nothing is known to compare with.
+        Disagreement: it does not.
+    """
+    if name not in measured.exact:
+        raise LeftOut("the loss in fp32 is not known")
+    tolerance = MODE_TOLERANCE[MODES[mode][0]]
+    what = f"{name}: first loss, relative"
+    measured.report.require_same(mode, what, loss / measured.exact[name], 1.0, tolerance)
+
+
+def measure_mode(stages: Stages, measured: Measured, mode: str) -> None:
     """One contender after the other, each alone on the device."""
     from detectors import HEADS, PLAIN, Ours, Theirs
 
     precision, compiled = MODES[mode]
-    task = replace(task, precision=precision)
+    task = replace(measured.task, precision=precision)
     samples: dict[str, dict[str, list[Sample]]] = {action: {} for action in ACTIONS}
 
     def stage(name: str) -> None:
         contender = Theirs(task) if name == PEER else Ours(task, name, compiled)
+        if isinstance(contender, Ours):
+            require_exact(measured, mode, name, first_loss(contender))
         for action, call in zip(
             ACTIONS, (contender.training_step, contender.inference), strict=True
         ):
             measure = clock(call, task.device, whole=True)
             for _ in range(3):  # warm up, compile
                 call()
-            samples[action][name] = [measure() for _ in range(rounds)]
+            samples[action][name] = [measure() for _ in range(measured.rounds)]
 
     for name in (PEER, *([] if compiled else [PLAIN]), *HEADS):
         needs = 60 if compiled and name != PEER else 15
@@ -283,7 +337,7 @@ def measure_mode(stages: Stages, report: Report, task: Task, mode: str, rounds: 
     for action, of_action in samples.items():
         if PEER in of_action:
             case = f"{action}, {mode}"
-            stages.run(case, 0, lambda c=case, s=of_action: report.add(c, s, AGREED))
+            stages.run(case, 0, lambda c=case, s=of_action: measured.report.add(c, s, AGREED))
 
 
 def free(device: str) -> None:

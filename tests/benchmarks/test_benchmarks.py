@@ -287,14 +287,31 @@ def test_gpu_finds_the_tests_of_the_kernels() -> None:
 def test_gpu_measures_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detectors, "HEADS", {"K = 1": ["atss"]})
     stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
-    gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
+    measured = gpu.Measured(report, TASK, gpu.exact_losses(TASK), rounds=1)
+    gpu.measure_mode(stages, measured, "bf16")
     assert stages.failed.keys() == {"training step, bf16", "inference, bf16"}, "without agreement"
     stages.failed.clear()
     gpu.require_agreement(report, TASK)
-    gpu.measure_mode(stages, report, TASK, "bf16", rounds=1)
+    gpu.measure_mode(stages, measured, "bf16")
     assert not stages.failed
-    medians = report.content()["measured"]["training step, bf16"]["medians"]
+    content = report.content()
+    medians = content["measured"]["training step, bf16"]["medians"]
     assert medians.keys() == {detectors.PEER, detectors.PLAIN, "K = 1"}
+    assert len(content["agreement"]["bf16"]) == 2
+
+
+def test_gpu_measures_no_mode_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(detectors, "HEADS", {"K = 1": ["atss"]})
+    stages, report = gpu.Stages(600), Report("", detectors.PEER, {})
+    gpu.require_agreement(report, TASK)
+    exact = {"K = 1": 1.1 * gpu.exact_losses(TASK)["K = 1"]}
+    gpu.measure_mode(stages, gpu.Measured(report, TASK, exact, rounds=1), "bf16")
+    assert stages.failed.keys() == {"bf16: K = 1"}
+    assert stages.left_out.keys() == {f"bf16: {detectors.PLAIN}"}
+    medians = report.content()["measured"]["training step, bf16"]["medians"]
+    assert medians.keys() == {detectors.PEER}
 
 
 def test_gpu_needs_the_detectors_dependencies_alone() -> None:
