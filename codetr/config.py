@@ -331,15 +331,18 @@ class DetectorConfig(Strict):
         ``encoder/TERM``, ``positive/HEAD/LAYER/TERM`` and ``HEAD/TERM``. The heads' losses stand
         inside equation 6's sum over the L decoder layers, so each carries the factor L * lambda_2,
         or exactly 0 without ``head_losses``. The one-to-many loss is a mean over the groups; its
-        weight carries their number.
+        weight carries their number, and under ``one_to_many.average`` its and the query's are
+        divided by the number of all groups.
         """
         layers = self.transformer.decoder_layers
         terms = self.query_loss.weights()
-        weights = {f"query/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
+        many = self.one_to_many
+        share = 1 / (1 + many.groups) if many.average else 1.0
+        weights = {f"query/{i}/{t}": share * w for i in range(layers) for t, w in terms.items()}
         if self.denoising.enabled:
             weights |= {f"denoising/{i}/{t}": w for i in range(layers) for t, w in terms.items()}
-        if self.one_to_many.groups:
-            each = self.one_to_many.weight * self.one_to_many.groups
+        if many.groups:
+            each = share * many.weight * many.groups
             weights |= {
                 f"one_to_many/{i}/{t}": w * each for i in range(layers) for t, w in terms.items()
             }

@@ -98,6 +98,9 @@ class OneToManyConfig(Strict):
     """Each object is matched with so many queries of a group; H-DETR: 6."""
     weight: NonNegativeFloat = 1.0
     """Of each group's losses beside those of the one-to-one queries."""
+    average: bool = False
+    """The loss is the mean over the one-to-one queries and the groups, not their sum (Group-DETR,
+    whose public code divides by the objects of all groups)."""
     tokens: Literal["same", "next"] = "same"
     """Two-stage only. Boxes to start from: those of the one-to-one queries, or of the encoder
     tokens that rank after them (H-DETR)."""

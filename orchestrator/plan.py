@@ -56,7 +56,7 @@ _WITHOUT_EFFECT = {
 their fingerprints."""
 
 _LATER = {
-    "detector": ("query_loss.federated",),
+    "detector": ("query_loss.federated", "one_to_many.average"),
     "training": ("ema", "ema_warmup"),
     "data": ("jitter", "copy_paste", "repeat_threshold"),
 }

@@ -100,6 +100,18 @@ def test_equal_groups_weigh_as_often_as_they_are(groups: int, counts: tuple[int,
     torch.testing.assert_close(weighted(groups), groups * weighted(1))
 
 
+def test_groups_of_which_the_loss_is_the_mean() -> None:
+    """Group-DETR: query and groups alike weigh one part of eleven; heads and their positives whole."""
+    config = tiny_detector("atss", kind="grouped").model_dump()
+    config["one_to_many"] |= {"groups": 10}
+    summed = DetectorConfig.model_validate(config).loss_weights()
+    config["one_to_many"]["average"] = True
+    averaged = DetectorConfig.model_validate(config).loss_weights()
+    for name, weight in summed.items():
+        shared = name.startswith(("query/", "one_to_many/"))
+        assert averaged[name] == pytest.approx(weight / 11 if shared else weight), name
+
+
 def test_different_groups_weigh_as_much_as_each_alone() -> None:
     """The loss is the mean of what each part's would be."""
     prediction, targets = some_prediction(18, 3), some_targets((3, 1))
