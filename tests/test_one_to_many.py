@@ -101,7 +101,7 @@ def test_equal_groups_weigh_as_often_as_they_are(groups: int, counts: tuple[int,
 
 
 def test_groups_of_which_the_loss_is_the_mean() -> None:
-    """Group-DETR: query and groups alike weigh one part of eleven; heads and their positives whole."""
+    """Group-DETR: query and groups weigh one part of eleven; heads and their positives all."""
     config = tiny_detector("atss", kind="grouped").model_dump()
     config["one_to_many"] |= {"groups": 10}
     summed = DetectorConfig.model_validate(config).loss_weights()

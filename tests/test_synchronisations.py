@@ -35,7 +35,7 @@ REGIONS = {
     "rpn.propose": 2,
     "rpn.leading_nms": 2 * 2,
     "rcnn.sample": 1,
-    "regions.region_features": 3,
+    "roi_align._readers": 3,
     "rcnn._losses": 1,
 }
 CASES: dict[str, tuple[list, dict[str, Any], dict[str, int]]] = {
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[list, dict[str, Any], dict[str, int]]] = {
     "PAA": (["paa"], TWO_STAGE, MATCHING | DENSE | {"one_stage.matched": 2, "paa.match_paa": 2}),
     "Faster R-CNN": ([FASTER_RCNN], TWO_STAGE, MATCHING | REGIONS),
     # Masks have region features of their own.
-    "Mask R-CNN": ([MASK_RCNN], TWO_STAGE, MATCHING | REGIONS | {"regions.region_features": 6}),
+    "Mask R-CNN": ([MASK_RCNN], TWO_STAGE, MATCHING | REGIONS | {"roi_align._readers": 6}),
     "K = 2": (["atss", FASTER_RCNN], TWO_STAGE, MATCHING | DENSE | REGIONS),
 }
 cases = pytest.mark.parametrize("case", CASES)

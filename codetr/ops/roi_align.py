@@ -67,7 +67,9 @@ def roi_align(
 
 def _readers(levels: Tensor, count: int) -> list[Tensor]:
     """The numbers of the regions that read each of ``count`` maps."""
-    readers = [(levels == level).nonzero().squeeze(1) for level in range(count)]
+    readers = []
+    for level in range(count):
+        readers.append((levels == level).nonzero().squeeze(1))
     if sum(map(len, readers)) < len(levels):
         raise ValueError(f"regions read maps 0 to {count - 1}, not {levels.unique().tolist()}")
     return readers

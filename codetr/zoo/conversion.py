@@ -135,10 +135,11 @@ def _named(name: str, shapes: Shapes) -> tuple[DetectorConfig, list[Entry]]:
 
 def _recognised(shapes: Shapes, file_name: str) -> tuple[DetectorConfig, list[Entry]]:
     """The detector of these shapes, and those of the zoo that have them: where there are several,
-    and the checkpoints of one are named so, that one."""
+    the one whose checkpoints are named so, else those of which there are checkpoints."""
     read = recognise(shapes)
     fits = fitting(read)
-    fits = [fit for fit in fits if file_name in fit.official] or fits
+    released = [fit for fit in fits if fit.official]
+    fits = [fit for fit in released if file_name in fit.official] or released or fits
     if not fits:
         return read, []
     return fits[0].config.model_copy(update={"num_classes": read.num_classes}), fits

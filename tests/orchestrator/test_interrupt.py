@@ -41,10 +41,12 @@ def test_the_first_signal_ends_in_order(signum):
 
 def test_who_asks_from_within_ends_it_in_order_and_never_at_once():
     asked = "[interrupts.ask() for _ in range(3)]; print('saved', flush=True)"
-    process = start("print('ready', flush=True); interrupts.ask(); time.sleep(60)", after=asked)
-    out, _ = process.communicate(timeout=30)
-    assert out == "orderly\nsaved\n"
-    assert process.returncode == 143
+    program = PROGRAM.format(body="interrupts.ask(); time.sleep(60)", after=asked)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, stdout=-1, text=True, timeout=30
+    )
+    assert done.stdout == "orderly\nsaved\n"
+    assert done.returncode == 143
 
 
 def test_a_shield_holds_the_signal_back_until_its_end():
