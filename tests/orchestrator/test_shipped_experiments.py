@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from codetr.analysis import CATALOGUE
 from codetr.config import DataConfig
 from codetr.data.digits import make_digits
 from orchestrator.experiment import load_experiment
@@ -80,6 +81,12 @@ def test_every_experiment_can_be_planned(name, profile, coco):
 def test_every_arm_runs_in_some_profile(name, coco):
     run = {arm for profile in PROFILES for arm in plan(name, profile, coco).arms}
     assert run == set(load_experiment(name).arms)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("ablation-")])
+def test_every_ablation_ends_with_all_analyses(name, profile, coco):
+    assert plan(name, profile, coco).analyses == tuple(CATALOGUE)
 
 
 def test_each_table_from_2_to_13_is_somebodys():
