@@ -48,11 +48,12 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
             style = styles[arm]
             curves = [{e.epoch: 100 * e.values["val/AP"] for e in t.evaluated} for t in trials]
             for curve in curves if len(curves) > 1 else []:
-                axes.plot([*curve], [*curve.values()], **style, linewidth=0.8, alpha=0.5)
+                faint = style | {"marker": "", "linewidth": 0.8, "alpha": 0.5}
+                axes.plot([*curve], [*curve.values()], **faint)
             # The mean only where every seed was evaluated, or it would jump.
             common = sorted(set.intersection(*map(set, curves)))
             means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in common]
-            axes.plot(common, means, **style, linewidth=2.2, marker="o", label=arm)
+            axes.plot(common, means, **style, linewidth=2.2, label=arm)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

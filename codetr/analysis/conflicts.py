@@ -185,24 +185,26 @@ class Conflicts(Analysis):
         return [page, *drawn, maps]
 
 
-def paper_conflict(paper: Tables) -> dict[int, float]:
-    """The paper's average distance of the auxiliary heads, by K (figures 8 and 9)."""
+def paper_conflict(paper: Tables) -> dict[frozenset[str], float]:
+    """The paper's average distance of the auxiliary heads, by these heads (figures 8 and 9)."""
     return {
-        size - 1: float(head_distances(np.array(paper[name]["matrix"])).mean())
-        for size, name in FIGURES.items()
-        if name in paper
+        frozenset(one.names[1:]): float(head_distances(one.values).mean())
+        for one in paper_matrices(paper)
     }
 
 
 def _paper_sentence(paper: Tables) -> str:
-    averages = [f"{value:.4f} for K = {k}" for k, value in paper_conflict(paper).items()]
+    averages = [f"{value:.4f} for K = {len(k)}" for k, value in paper_conflict(paper).items()]
     if not averages:
         return f"{PAPER}."
-    return f"{PAPER}; its matrices (figures 8 and 9) average to {' and '.join(averages)}."
+    return (
+        f"{PAPER}; its matrices (figures 8 and 9, of different heads) average to "
+        f"{' and '.join(averages)}."
+    )
 
 
 def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
-    """Average distance of each auxiliary head, the paper's below."""
+    """Average distance of each auxiliary head, below it the paper's of the same heads."""
     numbers = [*dict.fromkeys(name for one in measurements for name in one.numbers)]
     heads = [*_named(dict.fromkeys(numbers, 0.0), "distance/")]
     columns = {head: f"distance/{head}" for head in heads}
@@ -211,13 +213,13 @@ def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
         [group, *(mean_and_range(values_of(some, name)) for name in columns.values())]
         for group, some in groups(measurements).items()
     ]
-    for size, figure in FIGURES.items():
-        if figure in paper:
-            matrix, order = np.array(paper[figure]["matrix"]), paper[figure]["order"]
-            own = dict(zip(order[1:], head_distances(matrix).tolist(), strict=True))
-            ends = (float(head_distances(matrix).mean()), float(distances(matrix)[0]))
-            label = f"the paper, K = {size - 1}, COCO"
-            rows.append([label, *(own.get(head) for head in heads), *ends])
+    ours = {frozenset([QUERY, *one.facts["heads"]]) for one in measurements}
+    for theirs in paper_matrices(paper):
+        if frozenset(theirs.names) in ours:
+            own = head_distances(theirs.values)
+            by_head = dict(zip(theirs.names[1:], own.tolist(), strict=True))
+            ends = (float(own.mean()), float(distances(theirs.values)[0]))
+            rows.append([theirs.title, *(by_head.get(head) for head in heads), *ends])
     return table(["detector", *columns], rows)
 
 
@@ -266,11 +268,10 @@ class Matrix:
     papers: bool = False
 
 
-def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Matrix]:
-    """Every group's, mean over its seeds, and the paper's of the same heads; where the paper has
-    these heads, in its order."""
-    papers = {
-        frozenset([QUERY, *paper[figure]["order"][1:]]): Matrix(
+def paper_matrices(paper: Tables) -> list[Matrix]:
+    """Figures 8 and 9."""
+    return [
+        Matrix(
             f"the paper, K={size - 1}, COCO",
             [QUERY, *paper[figure]["order"][1:]],
             np.array(paper[figure]["matrix"]),
@@ -278,7 +279,13 @@ def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Ma
         )
         for size, figure in FIGURES.items()
         if figure in paper
-    }
+    ]
+
+
+def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Matrix]:
+    """Every group's, mean over its seeds, and the paper's of the same heads; where the paper has
+    these heads, in its order."""
+    papers = {frozenset(one.names): one for one in paper_matrices(paper)}
     found: list[Matrix] = []
     for group, some in groups(measurements).items():
         names = [QUERY, *some[0].facts["heads"]]

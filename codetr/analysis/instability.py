@@ -222,7 +222,7 @@ def _draw(by_group: Mapping[str, Sequence[Course]], folder: Path) -> Path:
                 # The mean only where every seed was evaluated, or it would jump.
                 common = sorted(set.intersection(*(set(course.changes) for course in some)))
                 curves = [[getattr(c.changes[e], name) for e in common] for c in some]
-                draw_mean(axes, common, curves, group, marker="o", markersize=4, **styles[group])
+                draw_mean(axes, common, curves, group, markersize=4, **styles[group])
             axes.set(xlabel="epoch", title=title)
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)

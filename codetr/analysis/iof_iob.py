@@ -165,7 +165,8 @@ def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
             for group, some in found.items():
                 curves = [np.append(0, one.arrays[name]) for one in some if name in one.arrays]
                 if curves:
-                    draw_mean(axes, np.append(0, GRID), curves, group, **styles[group])
+                    style = styles[group] | {"marker": ""}  # a curve has 201 points
+                    draw_mean(axes, np.append(0, GRID), curves, group, **style)
             axes.set(xlabel="IoB: background above the threshold", title=title)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         panels[0, 0].set_ylabel("IoF: foreground above the threshold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from codetr.analysis.page import (
     seeds_of,
 )
 from codetr.analysis.stability import Instability
-from codetr.plotting import COLOURS, draw_mean, legend_below, line_styles
+from codetr.plotting import COLOURS, dot_styles, draw_mean, legend_below, line_styles
 
 
 def measured(group: str, seed: int, **numbers: float) -> Measurement:
@@ -59,10 +60,20 @@ def test_what_is_said_of_seeds() -> None:
     assert first_of([THREE[0], THREE[2]]) == ""
 
 
-def test_lines_are_told_apart_beyond_the_colours() -> None:
+def test_lines_and_dots_are_told_apart_beyond_the_colours() -> None:
     names = [f"detector {n}" for n in range(2 * len(COLOURS) + 1)]
-    styles = [tuple(style.items()) for style in line_styles(names).values()]
-    assert len({*styles}) == len(names)
+    for styles in (line_styles(names), dot_styles(names)):
+        assert len({tuple(style.items()) for style in styles.values()}) == len(names)
+
+
+def test_the_arms_of_every_shipped_ablation_have_colours_of_their_own() -> None:
+    """Eight in ablation-heads, where dots and bars have nothing but these."""
+    assert len({*COLOURS}) == 8
+
+
+def test_a_line_below_another_shows_through_it() -> None:
+    dashes = [style["linestyle"] for style in line_styles("abcd").values()]
+    assert all(one != other for one, other in pairwise(dashes))
 
 
 def test_the_mean_is_thick_and_every_seed_faint() -> None:
