@@ -83,6 +83,23 @@ def draw_mean(
     axes.plot(x, np.mean(np.asarray(curves), axis=0), label=label, **({"linewidth": 1.8} | style))
 
 
+def draw_heat(
+    axes: Any, image: ArrayLike, map_: ArrayLike, least: float = 0, most: float | None = None
+) -> None:
+    """A map (h, w) on its image (H, W, 3), which is seen through it, without its colours.
+
+    Args:
+        least, most: the ends of the map's colours; its own maximum where there is none.
+    """
+    import numpy as np
+
+    grey = np.asarray(image).mean(-1)
+    height, width = grey.shape
+    extent = (0, width, height, 0)
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent)
+    axes.imshow(map_, cmap="inferno", vmin=least, vmax=most, alpha=0.6, extent=extent)
+
+
 def legend_below(figure: Any, panels: Iterable[Any], columns: int = 3) -> None:
     """One legend for all panels, of each name once; none where nothing has a name."""
     named = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tiny_training import tiny_detector
 
 from codetr.analysis.conflicts import (
     Conflicts,
+    _draw_maps,
+    _draw_matrices,
     as_distribution,
     distances,
     divergence,
@@ -178,6 +182,55 @@ def test_the_page_ranks_pairs_beside_the_papers(tmp_path, sign: int, rank: str) 
     )
     average = paper_conflict(paper_tables())[frozenset(OURS)]
     assert float(cells["mean"]) == pytest.approx(average, rel=1e-3)
+
+
+def test_matrices_of_one_size_share_their_colours(tmp_path, monkeypatch) -> None:
+    ends = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, _: ends.append({i.get_clim() for a in figure.axes for i in a.images}),
+    )
+    matrix = 1.0 - np.eye(3)
+    other = replace(measured(["atss", "paa"], matrix), group="other")
+    ours = [measured(["atss", "faster_rcnn"], 4 * matrix), other]
+    _draw_matrices(mean_matrices(ours, paper_tables()), tmp_path)
+    assert ends == [{(0, 4)}]
+
+
+def test_the_distance_from_the_query_head_is_told_apart(tmp_path) -> None:
+    single = measured(["paa"], 9.0 * (1 - np.eye(2)))
+    two, other = (
+        measured(["atss", kind], x - x * np.eye(3)) for kind, x in (("paa", 1.0), ("gfl", 2.0))
+    )
+    several = [single, two, replace(other, group="other")]
+    text = Conflicts.report(several, tmp_path, paper_tables())[0].read_text()
+    assert "is largest with other (2.0000), smallest with K=2 (1.0000); a single head's" in text
+    assert "from the query head is 9.0000 with K=1. The paper" in text
+    text = Conflicts.report([single], tmp_path, paper_tables())[0].read_text()
+    assert "\nA single head's from the query head is 9.0000 with K=1. The paper" in text
+
+
+def test_two_numbers_are_no_picture(tmp_path) -> None:
+    one = measured(["paa"], np.ones((2, 2)))
+    _, *pictures = Conflicts.report([one], tmp_path, paper_tables())
+    assert [path.name for path in pictures] == ["conflicts_maps.png"]
+
+
+def test_maps_lie_on_their_images_in_the_matrices_order(tmp_path, monkeypatch) -> None:
+    """And say where they are zero."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, _: drawn.append(figure.axes)
+    )
+    names = ["query", "faster_rcnn", "atss"]
+    one = measured(["atss", "faster_rcnn"], 1.0 - np.eye(3))
+    one.arrays["cam/0/atss"][:] = 0
+    _draw_maps(one, names, tmp_path)
+    assert [axes.get_title() for axes in drawn[0]] == ["image", *names]
+    assert [len(axes.images) for axes in drawn[0]] == [1, 2, 2, 2]
+    assert all(axes.images[1].get_alpha() < 1 for axes in drawn[0][1:])
+    said = [[text.get_text() for text in axes.texts] for axes in drawn[0]]
+    assert said == [[], [], [], ["zero map"]]
 
 
 def test_equal_heads_have_no_paper_beside_them(tmp_path) -> None:
