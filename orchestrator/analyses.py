@@ -234,8 +234,10 @@ def _report(
         recorded = courses(results)
         images = plan.trials[0].facts.val_images
         about = f"Recorded at each evaluation while training, on {images} validation images."
-        return report_courses(recorded, about, folder) if recorded else []
-    return analysis(name).report(measurements, folder, paper_tables()) if measurements else []
+        return report_courses(recorded, about, folder, plan.arms) if recorded else []
+    if not measurements:
+        return []
+    return analysis(name).report(measurements, folder, paper_tables(), plan.arms)
 
 
 def courses(results: Sequence[TrialResult]) -> list[Course]:

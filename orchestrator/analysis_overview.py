@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from codetr.analysis import CATALOGUE
-from codetr.plotting import COLOURS, legend_below, picture
+from codetr.plotting import dot_styles, legend_below, picture
 from orchestrator.experiment import paper_tables
 from orchestrator.plan import Plan
 from orchestrator.results import TrialResult
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
 OVERVIEW, BY_K = "analysis.md", "by_k.png"
 
+PAPER_DOT = {"marker": "s", "color": "0.6", "linewidths": 0}
+PAPER_AXIS = "the paper, on the right axis"
+
 
 @dataclass(frozen=True, eq=False)
 class Quantity:
@@ -28,13 +30,16 @@ class Quantity:
     Attributes:
         title: of its panel and column.
         analysis, number: where it is found; AP comes from the trial itself.
-        paper: the paper's: K, and the value; several of one K, where it has several arms of it.
+        paper: the paper's, by the arm that has the same heads.
+        comparable: the least K whose values are of one kind with those of a larger; that of a
+            smaller is shown, and no line leads to it.
     """
 
     title: str
     analysis: str | None = None
     number: str = ""
-    paper: Sequence[tuple[int, float]] = ()
+    paper: Mapping[str, float] = field(default_factory=dict)
+    comparable: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,18 @@ def write_overview(
     lines = [f"# {plan.name}: analyses", ""]
     files = []
     if len({trial.detector.k for trial in plan.trials}) > 1 and points:
-        files.append(draw_by_k(points, folder / BY_K))
+        nested = chain(plan)
+        files.append(draw_by_k(points, plan.arms, nested, folder / BY_K))
         lines += [
             f"![{', '.join(quantity.title for quantity in points)} against K]({BY_K})",
             "",
-            "A faint dot is a trial, a full one the mean of an arm over its seeds; the line joins "
-            "the means of all arms with so many heads. Grey is the paper on COCO, on an axis of "
-            "its own. The paper's argument: auxiliary heads make features more discriminative and "
-            "AP higher; that AP falls again with six different heads it ascribes to conflicts of "
-            "theirs (sections 3.4 and 4.4). With K = 1 the conflict is the head's distance from "
-            "the query head, with more heads that among themselves.",
+            "A faint mark is a trial, a full one the mean of an arm over its seeds"
+            f"{_chain_sentence(nested)}. Grey is the paper on COCO, arms of the same heads, on an "
+            "axis of its own. The paper's argument: auxiliary heads make features more "
+            "discriminative and AP higher; that AP falls again with six different heads it "
+            "ascribes to conflicts of theirs (sections 3.4 and 4.4). With K = 1 the conflict is "
+            "the head's distance from the query head, a hollow mark and no part of the line; with "
+            "more heads it is that among themselves.",
             "",
         ]
     lines += [*_table(plan, points), ""]
@@ -94,14 +101,44 @@ def quantities(plan: Plan) -> list[Quantity]:
     """AP, conflict, discriminability."""
     from codetr.analysis.conflicts import paper_conflict
 
-    by_arm = {t.arm: (t.detector.k, t.paper_ap) for t in plan.trials if t.paper_ap is not None}
-    conflict = [*paper_conflict(paper_tables()).items()]
+    theirs = paper_conflict(paper_tables())
+    conflict = {
+        trial.arm: theirs[heads]
+        for trial in plan.trials
+        if (heads := frozenset(trial.detector.head_names)) in theirs
+    }
+    ap = {trial.arm: trial.paper_ap for trial in plan.trials if trial.paper_ap is not None}
     return [
-        Quantity("AP (%)", paper=[*by_arm.values()]),
-        Quantity("conflict of heads (KL)", "conflicts", "conflict", conflict),
+        Quantity("AP (%)", paper=ap),
+        Quantity("conflict of heads (KL)", "conflicts", "conflict", conflict, comparable=2),
         Quantity("discriminability (IoF-IoB area, encoder)", "iof-iob", "encoder_area"),
         Quantity("IoF-IoB area, decoder", "iof-iob", "decoder_area"),
     ]
+
+
+def chain(plan: Plan) -> list[str]:
+    """The arms that lead to the one with most heads, each with the heads of the one before it and
+    further ones, and else the same; empty where several have most heads."""
+    arms = {trial.arm: trial for trial in plan.trials}
+    heads = {arm: trial.detector.heads for arm, trial in arms.items()}
+    last, *others = sorted(arms, key=lambda arm: -len(heads[arm]))
+    if others and len(heads[others[0]]) == len(heads[last]):
+        return []
+    rest = {
+        arm: (t.detector.model_copy(update={"heads": ()}), t.training) for arm, t in arms.items()
+    }
+    nested = [
+        arm
+        for arm in arms
+        if heads[arm] == heads[last][: len(heads[arm])] and rest[arm] == rest[last]
+    ]
+    return sorted(nested, key=lambda arm: len(heads[arm]))
+
+
+def _chain_sentence(nested: Sequence[str]) -> str:
+    if not nested:
+        return ""
+    return f"; the line joins arms each of which adds heads to the one before: {', '.join(nested)}"
 
 
 def points_of(
@@ -121,52 +158,102 @@ def points_of(
     ]
 
 
-def draw_by_k(points: Mapping[Quantity, Sequence[Point]], path: Path) -> Path:
-    """A panel for each quantity."""
-    arms = dict.fromkeys(point.arm for some in points.values() for point in some)
-    colours = dict(zip(arms, cycle(COLOURS), strict=False))
+def draw_by_k(
+    points: Mapping[Quantity, Sequence[Point]],
+    arms: Sequence[str],
+    nested: Sequence[str],
+    path: Path,
+) -> Path:
+    """A panel for each quantity.
+
+    Args:
+        points: in each.
+        arms: all that are compared, in order: an arm's place decides its colour.
+        nested: those that a line joins.
+    """
+    styles = dot_styles(arms)
     columns = min(2, len(points))
     rows = -(-len(points) // columns)
-    size = (4.2 * columns, 3 * rows + 0.5)
+    size = (4.4 * columns, 3 * rows + 1)
     with picture(path, rows, columns, size=size, font_size=9) as (figure, panels):
         for axes in panels.flat[len(points) :]:
             axes.axis("off")
         for axes, (quantity, some) in zip(panels.flat, points.items(), strict=False):
-            means = {place: fmean(values) for place, values in _by_place(some).items()}
-            ks = {k for _, k in means}
-            _join([(k, value) for (_, k), value in means.items()], axes, color="0.4", linewidth=1)
-            for (arm, k), values in _by_place(some).items():
-                style = {"color": colours[arm], "linewidths": 0, "zorder": 3}
-                if len(values) > 1:
-                    axes.scatter([k] * len(values), values, s=22, alpha=0.35, **style)
-                axes.scatter([k], [fmean(values)], s=38, **style)
+            _draw_points(axes, quantity, some, styles)
+            ours = {arm: (k, fmean(values)) for (arm, k), values in _by_place(some).items()}
+            _join(axes, quantity, ours, nested, color="0.4", linewidth=1)
+            paper = {arm: (ours[arm][0], v) for arm, v in quantity.paper.items() if arm in ours}
+            if paper:
+                _draw_paper(axes, quantity, paper, nested)
             axes.set(xlabel="auxiliary heads, K", title=quantity.title)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            if paper := [(k, value) for k, value in quantity.paper if k in ks]:
-                _draw_paper(axes, paper)
-        if len(arms) > len({point.k for some in points.values() for point in some}):
-            for arm in arms:
-                panels[0, 0].scatter([], [], s=38, linewidths=0, color=colours[arm], label=arm)
-            legend_below(figure, panels.flat)
+        _name_marks(panels[0, 0], points, styles, nested)
+        legend_below(figure, panels.flat)
     return path
 
 
-def _join(places: Sequence[tuple[int, float]], axes: Any, **style: Any) -> None:
-    """A line through the mean at each K."""
-    ks = sorted({k for k, _ in places})
-    axes.plot(ks, [fmean(v for at, v in places if at == k) for k in ks], **style)
+def _draw_points(
+    axes: Any, quantity: Quantity, some: Sequence[Point], styles: Mapping[str, dict[str, Any]]
+) -> None:
+    """Each trial, and the mean of each arm; hollow where it is of another kind than the rest."""
+    for (arm, k), values in _by_place(some).items():
+        style = styles[arm] | {"linewidths": 0, "zorder": 3}
+        if k < quantity.comparable:
+            style |= {"facecolors": "none", "linewidths": 1.2}
+        if len(values) > 1:
+            axes.scatter([k] * len(values), values, s=22, alpha=0.4, **style)
+        axes.scatter([k], [fmean(values)], s=42, **style)
 
 
-def _draw_paper(axes: Any, paper: Sequence[tuple[int, float]]) -> None:
+def _join(
+    axes: Any,
+    quantity: Quantity,
+    places: Mapping[str, tuple[int, float]],
+    nested: Sequence[str],
+    **style: Any,
+) -> None:
+    """A line through the nested arms whose values can be compared."""
+    row = [places[arm] for arm in nested if arm in places]
+    row = [(k, value) for k, value in row if k >= quantity.comparable]
+    if len(row) > 1:
+        axes.plot(*zip(*row, strict=True), **style)
+
+
+def _draw_paper(
+    axes: Any, quantity: Quantity, paper: Mapping[str, tuple[int, float]], nested: Sequence[str]
+) -> None:
     other = axes.twinx()
-    other.scatter(*zip(*paper, strict=True), s=18, marker="s", color="0.6", linewidths=0)
-    _join(paper, other, color="0.6", linestyle=":")
+    other.scatter(*zip(*paper.values(), strict=True), s=20, **PAPER_DOT)
+    _join(other, quantity, paper, nested, color="0.6", linestyle=":")
     other.grid(visible=False)
     other.tick_params(colors="0.45", labelsize=8)
     other.set_ylabel("the paper, COCO", color="0.45", fontsize=8)
     other.margins(y=0.15)  # apart from ours: both would fill the panel
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
+
+
+def _name_marks(
+    axes: Any,
+    points: Mapping[Quantity, Sequence[Point]],
+    styles: Mapping[str, dict[str, Any]],
+    nested: Sequence[str],
+) -> None:
+    """Everything that the panels show, for the legend."""
+    drawn = {point.arm for some in points.values() for point in some}
+    for arm, style in styles.items():
+        if arm in drawn:
+            axes.scatter([], [], s=42, linewidths=0, label=arm, **style)
+    places = [values for some in points.values() for values in _by_place(some).values()]
+    if any(len(values) > 1 for values in places):
+        axes.scatter([], [], s=22, color="0.2", alpha=0.4, linewidths=0, label="faint: one seed")
+    if any(point.k < quantity.comparable for quantity, some in points.items() for point in some):
+        style = {"facecolors": "none", "edgecolors": "0.2", "linewidths": 1.2}
+        axes.scatter([], [], s=42, label="from the query head", **style)
+    if nested:
+        axes.plot([], [], color="0.4", linewidth=1, label="each adds to the one before")
+    if any(quantity.paper.keys() & drawn for quantity in points):
+        axes.plot([], [], color="0.6", linestyle=":", marker="s", markersize=4, label=PAPER_AXIS)
 
 
 def _by_place(points: Sequence[Point]) -> dict[tuple[str, int], list[float]]:

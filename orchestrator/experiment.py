@@ -152,6 +152,8 @@ class Experiment(Layer):
     paper: PaperRows | None = None
     analyze: str = "none"
     """Analyses of the trained detectors: ``all``, ``none``, or names, as ``conflicts,queries``."""
+    reference: str | None = None
+    """The arm over which gains are told; None: the first. Every profile must have it."""
     seeds: Seeds = (0,)
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     profiles: Annotated[dict[ProfileName, Profile], Field(min_length=1)]
@@ -163,6 +165,12 @@ class Experiment(Layer):
                 if arm not in self.arms:
                     hint = nearest(arm, [*self.arms])
                     raise ValueError(f"profiles.{profile_name}.arms: no arm '{arm}'; {hint}")
+            names = [*(profile.arms or self.arms)]
+            if self.reference is not None and self.reference not in names:
+                hint = nearest(self.reference, names)
+                raise ValueError(
+                    f"reference: no arm '{self.reference}' in profile {profile_name}; {hint}"
+                )
         for arm_name, settings in self.arms.items():
             if settings.paper is not None and self.paper is None:
                 raise ValueError(f"arms.{arm_name}.paper needs the experiment's 'paper: table: …'")
@@ -211,7 +219,7 @@ def read_extended(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
         raise ConfigError(f"{path}: extends itself")
     inherited = read_extended(_find(str(parent), f"{path}: extends: "), (*heirs, path))
     # The sizes are inherited; what is asked and compared is not.
-    own = ("name", "question", "paper", "arms")
+    own = ("name", "question", "paper", "reference", "arms")
     return merge({key: value for key, value in inherited.items() if key not in own}, content)
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from codetr.plotting import COLOURS, STYLE, legend_below, line_styles, save
+from codetr.plotting import COLOURS, STYLE, dot_styles, legend_below, line_styles, save
 from orchestrator.board import Epoch
 from orchestrator.plan import Plan
-from orchestrator.results import ArmSummary, TrialResult, summarise
+from orchestrator.results import ArmSummary, TrialResult, reference, summarise
 from orchestrator.worker import PREDICTIONS
 
 mpl.use("agg")
@@ -48,11 +47,12 @@ def draw_ap_by_epoch(results: list[TrialResult], path: Path) -> Path:
             style = styles[arm]
             curves = [{e.epoch: 100 * e.values["val/AP"] for e in t.evaluated} for t in trials]
             for curve in curves if len(curves) > 1 else []:
-                axes.plot([*curve], [*curve.values()], **style, linewidth=0.8, alpha=0.5)
+                faint = style | {"marker": "", "linewidth": 0.8, "alpha": 0.5}
+                axes.plot([*curve], [*curve.values()], **faint)
             # The mean only where every seed was evaluated, or it would jump.
             common = sorted(set.intersection(*map(set, curves)))
             means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in common]
-            axes.plot(common, means, **style, linewidth=2.2, marker="o", label=arm)
+            axes.plot(common, means, **style, linewidth=2.2, label=arm)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -75,14 +75,14 @@ def draw_ap_by_arm(results: list[TrialResult], path: Path) -> Path:
         if panels == 2:
             paper = [_paper_row(s) for s in summaries]
             _draw_rows(axes[0][1], "the paper, COCO val2017", paper)
-        axes[0][0].set_xlabel("AP (%) after the last epoch")
+        axes[0][0].set_xlabel(f"AP (%) after the last epoch; gain over {reference(results)}")
         axes[0][0].invert_yaxis()  # the first arm on top
         return save(figure, path)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One arm in a panel: its dots, their mean, and its gain over the first arm."""
+    """One arm in a panel: its dots, their mean, and its gain over the reference."""
 
     arm: str
     dots: Sequence[float]
@@ -96,11 +96,13 @@ def _paper_row(summary: ArmSummary) -> _Row:
 
 
 def _draw_rows(axes: Axes, title: str, rows: list[_Row]) -> None:
-    for y, (colour, row) in enumerate(zip(cycle(COLOURS), rows, strict=False)):
-        axes.scatter(row.dots, [y] * len(row.dots), color=colour, s=36, zorder=3)
+    styles = dot_styles(row.arm for row in rows)
+    for y, row in enumerate(rows):
+        style = styles[row.arm]
+        axes.scatter(row.dots, [y] * len(row.dots), s=36, zorder=3, **style)
         if row.mean is None:
             continue
-        axes.vlines(row.mean, y - 0.3, y + 0.3, color=colour, linewidth=2)
+        axes.vlines(row.mean, y - 0.3, y + 0.3, color=style["color"], linewidth=2)
         gain = "" if row.gain is None else f"  {row.gain:+.1f}"
         axes.annotate(
             f"{row.mean:.1f}{gain}",

@@ -81,6 +81,8 @@ class Trial(Strict):
     """In percent, what the paper reports for this arm."""
     paper_branch_aps: dict[str, float] = Field(default_factory=dict)
     """In percent, what it reports for auxiliary heads of this arm on their own, by their names."""
+    is_reference: bool = False
+    """Whether other arms' gains are told over this one, as the experiment's ``reference``."""
 
     @cached_property
     def id(self) -> str:
@@ -324,6 +326,7 @@ def _trials(
             start=start,
             paper_ap=paper_ap(experiment, arm),
             paper_branch_aps=paper_branch_aps(experiment, arm, detector.head_names),
+            is_reference=arm == experiment.reference,
         )
         for seed in seeds
     ]

@@ -53,8 +53,9 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
         f"images of `{trial.data.dataset}` ({facts.fingerprint}), {training.epochs} epochs of "
         f"{trial.steps_per_epoch} steps, global batch {training.batch_size}. "
         "AP in percent after the last epoch."
-        + " Of several seeds: mean (least and greatest), and so for the gains, which are over the "
-        "first arm's trial of the same seed." * (len({t.seed for t in plan.trials}) > 1),
+        f" Gains are over {_base(plan)}."
+        + " Of several seeds: mean (least and greatest), and so for the gains, each over that "
+        "arm's trial of the same seed." * (len({t.seed for t in plan.trials}) > 1),
         "",
         *_markdown_table(summary_table(results)),
     ]
@@ -70,7 +71,7 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
             "## Branches",
             "",
             "Each branch of the trained detectors on its own, the auxiliary heads with non-maximum "
-            "suppression. Gains are over the first arm that has the branch.",
+            f"suppression. Gains are over {_base(plan)}, or the first arm that has the branch.",
             "",
             *_markdown_table(branches),
         ]
@@ -79,6 +80,11 @@ def markdown(plan: Plan, results: list[TrialResult]) -> str:
     lines += [f"\n**{r.trial.arm}, seed {r.trial.seed}, failed:** {r.reason}" for r in failed]
     lines += [f"\n{r.trial.arm}, seed {r.trial.seed}: {note}" for r in results for note in r.notes]
     return "\n".join(lines) + "\n"
+
+
+def _base(plan: Plan) -> str:
+    """Over what gains are told."""
+    return plan.experiment.reference or f"the first arm, {plan.arms[0]}"
 
 
 EMPTY = "–"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -126,8 +127,8 @@ class ArmSummary:
 
     Attributes:
         aps: of each seed that was evaluated.
-        gain: of the mean over the first arm's.
-        gains: over the first arm's trial of the same seed. Seeds differ more than arms may do.
+        gain: of the mean over the reference's.
+        gains: over the reference's trial of the same seed. Seeds differ more than arms may do.
         paper_gain: the same difference in the paper.
     """
 
@@ -149,7 +150,7 @@ def measured_branches(results: list[TrialResult]) -> tuple[str, ...]:
 
 
 def summarise(results: list[TrialResult], branch: str = QUERY) -> list[ArmSummary]:
-    """Every arm that has the branch, over its seeds, against the first of them."""
+    """Every arm that has the branch, over its seeds, against :func:`reference`."""
     results = [result for result in results if branch in result.branches]
     by_arm: dict[str, dict[int, float]] = {}
     for result in results:
@@ -158,9 +159,11 @@ def summarise(results: list[TrialResult], branch: str = QUERY) -> list[ArmSummar
             seeds[result.trial.seed] = ap
     papers = {result.trial.arm: result.paper_branch_ap(branch) for result in results}
     summaries: list[ArmSummary] = []
+    base_arm = reference(results) if results else ""
     for arm, aps in by_arm.items():
-        first = next(iter(by_arm))
-        base, paper_base = ({}, None) if arm == first else (by_arm[first], papers[first])
+        base, paper_base = by_arm[base_arm], papers[base_arm]
+        if arm == base_arm:
+            base, paper_base = {}, None
         summaries.append(
             ArmSummary(
                 arm,
@@ -172,6 +175,13 @@ def summarise(results: list[TrialResult], branch: str = QUERY) -> list[ArmSummar
             )
         )
     return summaries
+
+
+def reference(results: Sequence[TrialResult]) -> str:
+    """The arm over which gains are told: that which the experiment names, or, where it names none
+    or that is not among them, the first."""
+    named = [result for result in results if result.trial.is_reference]
+    return (named or results)[0].trial.arm
 
 
 def _difference(value: float | None, base: float | None) -> float | None:

@@ -27,16 +27,16 @@ from codetr.analysis.frame import (
 from codetr.analysis.grad_cam import branch_scores, grad_cams
 from codetr.analysis.maps import as_fraction
 from codetr.analysis.page import (
+    extremes,
     groups,
     image,
     images_of,
     mean_and_range,
-    ranking,
     table,
     values_of,
     write_page,
 )
-from codetr.plotting import picture
+from codetr.plotting import draw_heat, picture
 from codetr.queries.selection import QUERY
 
 FIGURES = {3: "figure8_conflict_k2", 7: "figure9_conflict_k6"}
@@ -163,15 +163,22 @@ class Conflicts(Analysis):
         return numbers, {"matrix": matrix, "images": counts, **self.pictures}
 
     @classmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        paper: Tables,
+        arms: Sequence[str] = (),  # noqa: ARG003
+    ) -> list[Path]:
         matrices = mean_matrices(measurements, paper)
         drawn = [_draw_matrices(some, folder) for some in _by_size(matrices)]
-        maps = _draw_maps(measurements, folder)
+        chosen = max(measurements, key=lambda one: len(one.facts["heads"]))
+        names = next(one.names for one in matrices if one.title == chosen.group)
+        maps = _draw_maps(chosen, names, folder)
         page = write_page(
             folder / f"{cls.name}.md",
             "Conflicts of heads",
-            seen="The auxiliary heads' average distance is "
-            f"{ranking(measurements, 'conflict', '.4f')}.",
+            seen=_seen_sentence(measurements),
             paper=_paper_sentence(paper),
             about=images_of(measurements),
             blocks=[
@@ -185,24 +192,41 @@ class Conflicts(Analysis):
         return [page, *drawn, maps]
 
 
-def paper_conflict(paper: Tables) -> dict[int, float]:
-    """The paper's average distance of the auxiliary heads, by K (figures 8 and 9)."""
+def paper_conflict(paper: Tables) -> dict[frozenset[str], float]:
+    """The paper's average distance of the auxiliary heads, by these heads (figures 8 and 9)."""
     return {
-        size - 1: float(head_distances(np.array(paper[name]["matrix"])).mean())
-        for size, name in FIGURES.items()
-        if name in paper
+        frozenset(one.names[1:]): float(head_distances(one.values).mean())
+        for one in paper_matrices(paper)
     }
 
 
+def _seen_sentence(measurements: Sequence[Measurement]) -> str:
+    """The distance of a single head is another than that among heads: told apart from it."""
+    parts = {
+        "The auxiliary heads' average distance from each other is": lambda k: k > 1,
+        "a single head's from the query head is": lambda k: k == 1,
+    }
+    found = []
+    for text, belongs in parts.items():
+        some = [one for one in measurements if belongs(len(one.facts["heads"]))]
+        if some:
+            found.append(f"{text} {extremes(some, 'conflict', '.4f')}")
+    sentence = "; ".join(found)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
 def _paper_sentence(paper: Tables) -> str:
-    averages = [f"{value:.4f} for K = {k}" for k, value in paper_conflict(paper).items()]
+    averages = [f"{value:.4f} for K = {len(k)}" for k, value in paper_conflict(paper).items()]
     if not averages:
         return f"{PAPER}."
-    return f"{PAPER}; its matrices (figures 8 and 9) average to {' and '.join(averages)}."
+    return (
+        f"{PAPER}; its matrices (figures 8 and 9, of different heads) average to "
+        f"{' and '.join(averages)}."
+    )
 
 
 def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
-    """Average distance of each auxiliary head, the paper's below."""
+    """Average distance of each auxiliary head, below it the paper's of the same heads."""
     numbers = [*dict.fromkeys(name for one in measurements for name in one.numbers)]
     heads = [*_named(dict.fromkeys(numbers, 0.0), "distance/")]
     columns = {head: f"distance/{head}" for head in heads}
@@ -211,13 +235,13 @@ def _distance_table(measurements: Sequence[Measurement], paper: Tables) -> str:
         [group, *(mean_and_range(values_of(some, name)) for name in columns.values())]
         for group, some in groups(measurements).items()
     ]
-    for size, figure in FIGURES.items():
-        if figure in paper:
-            matrix, order = np.array(paper[figure]["matrix"]), paper[figure]["order"]
-            own = dict(zip(order[1:], head_distances(matrix).tolist(), strict=True))
-            ends = (float(head_distances(matrix).mean()), float(distances(matrix)[0]))
-            label = f"the paper, K = {size - 1}, COCO"
-            rows.append([label, *(own.get(head) for head in heads), *ends])
+    ours = {frozenset([QUERY, *one.facts["heads"]]) for one in measurements}
+    for theirs in paper_matrices(paper):
+        if frozenset(theirs.names) in ours:
+            own = head_distances(theirs.values)
+            by_head = dict(zip(theirs.names[1:], own.tolist(), strict=True))
+            ends = (float(own.mean()), float(distances(theirs.values)[0]))
+            rows.append([theirs.title, *(by_head.get(head) for head in heads), *ends])
     return table(["detector", *columns], rows)
 
 
@@ -241,7 +265,7 @@ def _method(measurements: Sequence[Measurement]) -> str:
         "A head's map is the Grad-CAM, on the encoder's output, of the class scores that it gives "
         "to the classes present, summed over its predictions; scaled to [0, 1], then a softmax "
         "over the pixels. The paper does not say how it normalised: compare differences more than "
-        "values; each matrix is coloured over its own range, and is the mean over a detector's "
+        "values; matrices of one size share their colours, and each is the mean over a detector's "
         "seeds. A row's distance in the table is equation 12: both directions, from the other "
         "auxiliary heads; a single head's is its distance from the query head.\n\n"
         f"Left out: {empty:.0f} images without objects, which have no class to explain; maps that "
@@ -266,11 +290,10 @@ class Matrix:
     papers: bool = False
 
 
-def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Matrix]:
-    """Every group's, mean over its seeds, and the paper's of the same heads; where the paper has
-    these heads, in its order."""
-    papers = {
-        frozenset([QUERY, *paper[figure]["order"][1:]]): Matrix(
+def paper_matrices(paper: Tables) -> list[Matrix]:
+    """Figures 8 and 9."""
+    return [
+        Matrix(
             f"the paper, K={size - 1}, COCO",
             [QUERY, *paper[figure]["order"][1:]],
             np.array(paper[figure]["matrix"]),
@@ -278,7 +301,13 @@ def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Ma
         )
         for size, figure in FIGURES.items()
         if figure in paper
-    }
+    ]
+
+
+def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Matrix]:
+    """Every group's, mean over its seeds, and the paper's of the same heads; where the paper has
+    these heads, in its order."""
+    papers = {frozenset(one.names): one for one in paper_matrices(paper)}
     found: list[Matrix] = []
     for group, some in groups(measurements).items():
         names = [QUERY, *some[0].facts["heads"]]
@@ -293,7 +322,8 @@ def mean_matrices(measurements: Sequence[Measurement], paper: Tables) -> list[Ma
 
 
 def _by_size(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    sizes = sorted({len(one.names) for one in matrices})
+    """Those of several heads: a single one's are two numbers, whose mean the table has."""
+    sizes = sorted({len(one.names) for one in matrices} - {2})
     return [[one for one in matrices if len(one.names) == size] for size in sizes]
 
 
@@ -318,20 +348,21 @@ def _correlations(matrices: Sequence[Matrix]) -> list[str]:
 
 
 def _draw_matrices(matrices: Sequence[Matrix], folder: Path) -> Path:
-    """Matrices of one size beside each other."""
+    """Matrices of one size beside each other, in the same colours."""
     count = len(matrices[0].names)
     path, side = folder / f"conflicts_k{count - 1}.png", 1.4 + 0.55 * count
     columns = max(1, min(len(matrices), int(11 / side)))
     rows = -(-len(matrices) // columns)
-    size = (side * columns, side * rows + 0.3)
+    size = (side * columns + 0.9, (side + 0.4) * rows)
+    known = np.concatenate([one.values[np.isfinite(one.values)] for one in matrices])
+    most = float(known.max(initial=0)) or 1
     with picture(path, rows, columns, size=size, axes_grid=False, font_size=9) as (figure, panels):
-        figure.suptitle("KL(row ‖ column)", fontsize=9)
         for axes in panels.flat[len(matrices) :]:
             axes.axis("off")
         for axes, one in zip(panels.flat, matrices, strict=False):
-            axes.imshow(one.values, cmap="viridis", vmin=0)
+            drawn = axes.imshow(one.values, cmap="viridis", vmin=0, vmax=most)
             for (row, column), value in np.ndenumerate(one.values):
-                dark = not value > 0.6 * np.nanmax(one.values)
+                dark = not value > 0.6 * most
                 axes.text(
                     column, row, "0" if row == column else f"{value:.4f}",
                     ha="center", va="center", fontsize=8, color="white" if dark else "black",
@@ -341,13 +372,12 @@ def _draw_matrices(matrices: Sequence[Matrix], folder: Path) -> Path:
             )
             axes.set_yticks(range(count), one.names)
             axes.set_title(textwrap.fill(one.title, 8 + 6 * count), fontsize=9)
+        figure.colorbar(drawn, ax=panels, label="KL(row ‖ column)", shrink=0.8)
     return path
 
 
-def _draw_maps(measurements: Sequence[Measurement], folder: Path) -> Path:
-    """Of the group with most heads: images in rows, the map of each head in columns."""
-    chosen = max(measurements, key=lambda one: len(one.facts["heads"]))
-    names = [QUERY, *chosen.facts["heads"]]
+def _draw_maps(chosen: Measurement, names: Sequence[str], folder: Path) -> Path:
+    """Images in rows; on them, in columns, the map of each branch, by these names."""
     indices = sorted(int(n.split("/")[1]) for n in chosen.arrays if n.startswith("image/"))
     path, columns = folder / "conflicts_maps.png", 1 + len(names)
     size = (1.25 * columns, 1.25 * len(indices) + 0.6)
@@ -360,5 +390,11 @@ def _draw_maps(measurements: Sequence[Measurement], folder: Path) -> Path:
         for row, index in zip(panels, indices, strict=True):
             row[0].imshow(chosen.arrays[f"image/{index}"])
             for axes, name in zip(row[1:], names, strict=True):
-                axes.imshow(chosen.arrays[f"cam/{index}/{name}"], cmap="inferno", vmin=0)
+                map_ = chosen.arrays[f"cam/{index}/{name}"]
+                draw_heat(axes, chosen.arrays[f"image/{index}"], map_, most=float(map_.max()) or 1)
+                if not map_.any():
+                    axes.text(
+                        0.5, 0.5, "zero map", transform=axes.transAxes, ha="center", va="center",
+                        fontsize=8, color="white",
+                    )  # fmt: skip
     return path

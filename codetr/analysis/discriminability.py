@@ -23,16 +23,16 @@ from codetr.analysis.frame import (
 )
 from codetr.analysis.maps import as_fraction, foreground, to_image, valid_maps
 from codetr.analysis.page import (
+    extremes,
     first_of,
     groups,
     heading,
     image,
     images_of,
     number_table,
-    ranking,
     write_page,
 )
-from codetr.plotting import picture
+from codetr.plotting import draw_heat, picture
 from codetr.structures import Memory, Size
 
 NUMBERS = ("foreground", "background", "contrast", "separation")
@@ -106,18 +106,24 @@ class Discriminability(Analysis):
         return numbers, {"by_image": by_image, **self.pictures}
 
     @classmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, _: Tables) -> list[Path]:
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        _: Tables,
+        arms: Sequence[str] = (),  # noqa: ARG003
+    ) -> list[Path]:
         drawn = _draw([some[0] for some in groups(measurements).values()], folder)
         page = write_page(
             folder / f"{cls.name}.md",
             "Discriminability of the encoder's features",
-            seen="So many standard deviations is the mean score of objects above the background's: "
-            f"{ranking(measurements, 'separation', '.2f')}.",
+            seen="How far the mean score of objects lies above the background's, in standard "
+            f"deviations, is {extremes(measurements, 'separation', '.2f')}.",
             paper=PAPER,
             about=images_of(measurements),
             blocks=[
                 number_table(measurements, {name: name for name in NUMBERS}),
-                image(drawn, "The images, and the score of each detector"),
+                image(drawn, "The images, and on them the score of each detector"),
                 "Score: norm of the encoder's features, each level divided by its maximum in the "
                 "image, averaged over levels (equation 7). Foreground is what a box covers. The "
                 "encoder ends in a layer norm, which makes norms alike but for its learned scales: "
@@ -143,8 +149,9 @@ def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
             row[0].imshow(first[f"image/{index}"])
             for axes, one in zip(row[1:], measurements, strict=True):
                 score = one.arrays[f"score/{index}"]
-                axes.imshow(score, cmap="inferno")
-                span = _span(float(score.min()), float(score.max()))
+                least, most = float(score.min()), float(score.max())
+                draw_heat(axes, first[f"image/{index}"], score, least, most)
+                span = _span(least, most)
                 title = span if number else f"{heading(one.group)}\n{span}"
                 axes.set_title(title, fontsize=8)
         panels[0, 0].set_title("image", fontsize=8)

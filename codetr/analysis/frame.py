@@ -263,13 +263,21 @@ class Analysis(ABC):
 
     @classmethod
     @abstractmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        paper: Tables,
+        arms: Sequence[str] = (),
+    ) -> list[Path]:
         """Compare detectors: pictures, and ``NAME.md``, the page that shows them, in ``folder``.
 
         Args:
             measurements: one for each detector, in the order in which to show them.
             folder: made if need be.
             paper: see :data:`Tables`.
+            arms: all groups that are compared in this and other analyses, in order: a group's place
+                among them decides its colour, also where others lack what this analysis needs.
 
         Returns:
             The page, then the pictures, and then what else there is.

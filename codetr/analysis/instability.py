@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from codetr.analysis.page import (
     groups,
     image,
     images_of,
+    largest_and_smallest,
     mean_and_range,
     seeds_of,
     table,
@@ -115,8 +115,14 @@ class Instability(Analysis):
         }
 
     @classmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, _: Tables) -> list[Path]:
-        return report_courses(courses(measurements), images_of(measurements), folder)
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        _: Tables,
+        arms: Sequence[str] = (),
+    ) -> list[Path]:
+        return report_courses(courses(measurements), images_of(measurements), folder, arms)
 
 
 def _of_training(checkpoint: AnyCheckpoint) -> Checkpoint:
@@ -167,23 +173,26 @@ def _matches(measurement: Measurement) -> Matches:
     return matches
 
 
-def report_courses(found: Sequence[Course], about: str, folder: Path) -> list[Path]:
+def report_courses(
+    found: Sequence[Course], about: str, folder: Path, arms: Sequence[str] = ()
+) -> list[Path]:
     """The page, the picture and the numbers of these trainings.
 
     Args:
         about: on what they were looked at, in a sentence.
+        arms: as of :meth:`~codetr.analysis.frame.Analysis.report`.
     """
     by_group = groups(found)
-    drawn = _draw(by_group, folder)
-    last = [
-        f"{fmean([*c.changes.values()][-1].changed for c in some):.1%} ({group})"
+    drawn = _draw(by_group, line_styles([*arms, *by_group]), folder)
+    last = {
+        group: [[*course.changes.values()][-1].changed for course in some]
         for group, some in by_group.items()
-    ]
+    }
     page = write_page(
         folder / "instability.md",
         "Instability of one-to-one matching",
-        seen=f"At the end so many objects are matched with another query than before: "
-        f"{', '.join(last)}.",
+        seen="The share of objects that are matched with another query than before is, at the end, "
+        f"{largest_and_smallest(last, '.1%')}.",
         paper=PAPER,
         about=f"{about} {seeds_of(map(len, by_group.values()))}".rstrip(),
         blocks=[
@@ -229,15 +238,17 @@ def _table(by_group: Mapping[str, Sequence[Course]], name: str) -> str:
     return table(["epoch", *by_group], rows)
 
 
-def _draw(by_group: Mapping[str, Sequence[Course]], folder: Path) -> Path:
-    path, styles = folder / "instability.png", line_styles(by_group)
+def _draw(
+    by_group: Mapping[str, Sequence[Course]], styles: Mapping[str, dict[str, Any]], folder: Path
+) -> Path:
+    path = folder / "instability.png"
     with picture(path, 1, len(QUANTITIES), size=(8.4, 4)) as (figure, panels):
         for axes, (name, title) in zip(panels[0], QUANTITIES.items(), strict=True):
             for group, some in by_group.items():
                 # The mean only where every seed was evaluated, or it would jump.
                 common = sorted(set.intersection(*(set(course.changes) for course in some)))
                 curves = [[getattr(c.changes[e], name) for e in common] for c in some]
-                draw_mean(axes, common, curves, group, marker="o", markersize=4, **styles[group])
+                draw_mean(axes, common, curves, group, markersize=4, **styles[group])
             axes.set(xlabel="epoch", title=title)
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from codetr.analysis.discriminability import discriminability
 from codetr.analysis.frame import Analysis, Arrays, Measurement, Numbers, Seen, Tables
 from codetr.analysis.maps import as_fraction, foreground
 from codetr.analysis.page import (
+    extremes,
     groups,
     image,
     images_of,
     number_table,
-    ranking,
     write_page,
 )
 from codetr.plotting import draw_mean, legend_below, line_styles, picture
@@ -124,14 +124,20 @@ class IofIob(Analysis):
         return numbers, arrays
 
     @classmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, _: Tables) -> list[Path]:
-        drawn = _draw(measurements, folder)
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        _: Tables,
+        arms: Sequence[str] = (),
+    ) -> list[Path]:
+        drawn = _draw(measurements, line_styles([*arms, *groups(measurements)]), folder)
         page = write_page(
             folder / f"{cls.name}.md",
             "Foreground against background (IoF-IoB)",
             seen="The area under the curve is, for the encoder's features, "
-            f"{ranking(measurements, 'encoder_area')}, and for the decoder's cross-attention, "
-            f"{ranking(measurements, 'decoder_area')}.",
+            f"{extremes(measurements, 'encoder_area')}; for the decoder's cross-attention, "
+            f"{extremes(measurements, 'decoder_area')}.",
             paper=PAPER,
             about=images_of(measurements),
             blocks=[
@@ -156,16 +162,18 @@ class IofIob(Analysis):
         return [page, drawn]
 
 
-def _draw(measurements: Sequence[Measurement], folder: Path) -> Path:
+def _draw(
+    measurements: Sequence[Measurement], styles: Mapping[str, dict[str, Any]], folder: Path
+) -> Path:
     path, found = folder / f"{IofIob.name}.png", groups(measurements)
-    styles = line_styles(found)
     with picture(path, 1, len(SOURCES), size=(8.4, 4.8)) as (figure, panels):
         for axes, (name, title) in zip(panels[0], SOURCES.items(), strict=True):
             axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
             for group, some in found.items():
                 curves = [np.append(0, one.arrays[name]) for one in some if name in one.arrays]
                 if curves:
-                    draw_mean(axes, np.append(0, GRID), curves, group, **styles[group])
+                    style = styles[group] | {"marker": ""}  # a curve has 201 points
+                    draw_mean(axes, np.append(0, GRID), curves, group, **style)
             axes.set(xlabel="IoB: background above the threshold", title=title)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         panels[0, 0].set_ylabel("IoF: foreground above the threshold")

@@ -129,8 +129,24 @@ def groups(some: Iterable[G]) -> dict[str, list[G]]:
     return found
 
 
-def ranking(measurements: Sequence[Measurement], name: str, form: str = ".3f") -> str:
-    """``0.612 (K=0), 0.701 (K=1)``: a number's mean in each group that has it."""
+def extremes(measurements: Sequence[Measurement], name: str, form: str = ".3f") -> str:
+    """As :func:`largest_and_smallest`, of a number in each group that has it."""
     found = {group: values_of(some, name) for group, some in groups(measurements).items()}
-    known = [f"{fmean(values):{form}} ({group})" for group, values in found.items() if values]
-    return ", ".join(known) or "undefined"
+    return largest_and_smallest(found, form)
+
+
+def largest_and_smallest(found: Mapping[str, Sequence[float]], form: str) -> str:
+    """``largest with K=1 (0.701), smallest with K=0 (0.612)``: of the means of several groups; how
+    sure that order is, by whether the values of one lie among the other's."""
+    known = {group: values for group, values in found.items() if values}
+    if len(known) < 2:
+        return ", ".join(f"{fmean(v):{form}} with {g}" for g, v in known.items()) or "undefined"
+    least, *_, most = sorted(known, key=lambda group: fmean(known[group]))
+    if f"{fmean(known[least]):{form}}" == f"{fmean(known[most]):{form}}":
+        return f"{fmean(known[most]):{form}} with each"
+    text = ", ".join(
+        f"{word} with {group} ({fmean(known[group]):{form}})"
+        for word, group in (("largest", most), ("smallest", least))
+    )
+    overlap = min(known[most]) <= max(known[least])
+    return f"{text}, whose seeds overlap" if overlap else text

@@ -26,6 +26,7 @@ from codetr.analysis.page import (
     groups,
     image,
     images_of,
+    largest_and_smallest,
     mean_and_range,
     table,
     values_of,
@@ -34,7 +35,7 @@ from codetr.analysis.page import (
 from codetr.boxes import extents, xyxy_to_cxcywh
 from codetr.heads.head import Head
 from codetr.matching.hungarian import Match, hungarian
-from codetr.plotting import COLOURS, legend_below, picture
+from codetr.plotting import legend_below, line_styles, picture
 from codetr.queries.selection import QUERY
 from codetr.structures import Positives, Size, Targets
 
@@ -44,10 +45,9 @@ BINS = np.linspace(0, 1, 101)
 KINDS = {"matched": "-", "unmatched": "--"}
 """Of queries from which distances are taken, and the lines that show them."""
 
-HEAD_COLOURS = {QUERY: "red", "faster_rcnn": "blue", "atss": "orange"}
-"""The paper's."""
-OTHER_COLOUR = COLOURS[2]
-"""Of the other heads."""
+PAPERS_COLOURS = {QUERY: "red", "faster_rcnn": "blue", "atss": "orange"}
+OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#882255", "#000000", "#999933")
+"""Of the other heads, in their order."""
 
 PAPER = (
     "The paper (section 4.4, figure 7) saw{per_object} customised positive queries around the "
@@ -95,9 +95,10 @@ class Queries(Analysis):
         centres = group.reference[..., :2] * extents(sizes, group.reference)[:, None, :2]
         for number, (index, targets) in enumerate(zip(seen.indices, seen.targets, strict=True)):
             positives = {name: of_images[number] for name, of_images in found.items()}
+            objects = {QUERY: matched[number][1]}
             self.objects[index] = len(targets)
             for name, positive in positives.items():
-                own = assigned_objects(positive, targets)
+                own = objects[name] = assigned_objects(positive, targets)
                 every = own if positive.assigned is None else positive.assigned
                 self.counts[index, name] = (len(every), len(every.unique()), self._handed(positive))
                 self.distances[index, name] = query_distances(
@@ -108,8 +109,9 @@ class Queries(Analysis):
                     seen.sizes[number],
                 )
             if index in self.examples:
-                queries = centres[number][matched[number][0]]
-                self._keep(index, seen.pixels(number), targets, queries, positives)
+                points = {QUERY: centres[number][matched[number][0]]}
+                points |= {name: positive_centres(some) for name, some in positives.items()}
+                self._keep(index, seen.pixels(number), targets, points, objects)
 
     def _handed(self, positives: Positives) -> int:
         """How many of an image's positives become queries of the decoder in training."""
@@ -121,15 +123,16 @@ class Queries(Analysis):
         index: int,
         pixels: Tensor,
         targets: Targets,
-        queries: Tensor,
-        positives: Mapping[str, Positives],
+        points: Mapping[str, Tensor],
+        objects: Mapping[str, Tensor],
     ) -> None:
+        """Keep what is drawn of an image; ``objects``: the number of each point's."""
         scale = min(1.0, EXAMPLE_SIDE / max(pixels.shape[-2:]))
-        points = {QUERY: queries} | {n: positive_centres(p) for n, p in positives.items()}
         self.pictures[f"image/{index}"] = shown(pixels, self.subject.checkpoint.data)
         self.pictures[f"boxes/{index}"] = (targets.boxes * scale).cpu().numpy()
         for name, places in points.items():
             self.pictures[f"points/{index}/{name}"] = (places * scale).cpu().numpy()
+            self.pictures[f"objects/{index}/{name}"] = objects[name].cpu().numpy()
 
     def finish(self) -> tuple[Numbers, Arrays]:
         places, objects = sorted(self.objects), sum(self.objects.values())
@@ -148,12 +151,20 @@ class Queries(Analysis):
         return numbers, arrays
 
     @classmethod
-    def report(cls, measurements: Sequence[Measurement], folder: Path, paper: Tables) -> list[Path]:
+    def report(
+        cls,
+        measurements: Sequence[Measurement],
+        folder: Path,
+        paper: Tables,
+        arms: Sequence[str] = (),
+    ) -> list[Path]:
         heads = [*dict.fromkeys(head for one in measurements for head in one.facts["heads"])]
         places = _draw_places(measurements, folder)
-        histograms = _draw_distances(measurements, heads, folder)
+        styles = line_styles([*arms, *groups(measurements)])
+        histograms = _draw_distances(measurements, heads, styles, folder)
         theirs = paper.get("defaults", {}).get("positive_queries_per_gt", {})
-        seen = ", ".join(f"{_per_object(measurements, head)} by {head}" for head in heads)
+        given = {head: _of_head(measurements, f"positives_per_object/{head}") for head in heads}
+        near, far = (_span(measurements, heads, f"distance_{kind}") for kind in KINDS)
         ratios = " and ".join(f"{n} ({head})" for head, n in theirs.items())
         per_object = (
             ratios and f" {ratios} positives for each object on COCO (supplementary A), and"
@@ -161,7 +172,9 @@ class Queries(Analysis):
         page = write_page(
             folder / f"{cls.name}.md",
             "Where positive queries lie",
-            seen=f"Each object is given so many positives: {seen}.",
+            seen="The number of positives that an object is given is "
+            f"{largest_and_smallest(given, '.1f')}; they lie {near} of the diagonal from the "
+            f"matched queries and {far} from the others.",
             paper=PAPER.format(per_object=per_object),
             about=images_of(measurements),
             blocks=[
@@ -226,10 +239,16 @@ def query_distances(
     return own.cpu().numpy(), means_.cpu().numpy()
 
 
-def _per_object(measurements: Sequence[Measurement], head: str) -> str:
-    """``8.8``, or ``8.5 to 9.1`` in different detectors."""
-    values = [v for one in measurements for v in values_of([one], f"positives_per_object/{head}")]
-    return " to ".join(dict.fromkeys(f"{end:.1f}" for end in (min(values), max(values))))
+def _of_head(measurements: Sequence[Measurement], name: str) -> list[float]:
+    """The number in every detector that has it."""
+    return [one.numbers[name] for one in measurements if name in one.numbers]
+
+
+def _span(measurements: Sequence[Measurement], heads: Sequence[str], name: str) -> str:
+    """``0.06 to 0.08``: of the number, over all heads of all detectors."""
+    values = [v for head in heads for v in _of_head(measurements, f"{name}/{head}")]
+    ends = [f"{end:.2f}" for end in (min(values), max(values))] if values else ["undefined"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _rows(measurements: Sequence[Measurement]) -> list[list[str | None]]:
@@ -252,22 +271,44 @@ def _draw_places(measurements: Sequence[Measurement], folder: Path) -> Path:
     indices = sorted(int(n.split("/")[1]) for n in chosen.arrays if n.startswith("image/"))
     path, side = folder / "queries.png", 2.1
     size = (side * len(indices) + 0.4, side * len(heads) + 0.7)
+    colours = head_colours(heads)
     with picture(path, len(heads), len(indices), size=size, axes_grid=False) as (figure, panels):
         for row, head in zip(panels, heads, strict=True):
             for axes, index in zip(row, indices, strict=True):
                 draw_objects(axes, chosen, index)
+                draw_links(axes, chosen, index, head, colours[head])
+                draw_links(axes, chosen, index, QUERY, colours[QUERY])
                 x, y = chosen.arrays[f"points/{index}/{head}"].T
-                colour = HEAD_COLOURS.get(head, OTHER_COLOUR)
-                axes.scatter(x, y, s=18, color=colour, edgecolors="white", linewidths=0.4)
+                axes.scatter(
+                    x, y, s=18, color=colours[head], edgecolors="white", linewidths=0.4,
+                    label=f"positives of {head}",
+                )  # fmt: skip
                 x, y = chosen.arrays[f"points/{index}/{QUERY}"].T
                 axes.scatter(
-                    x, y, s=80, marker="*", color=HEAD_COLOURS[QUERY], edgecolors="white",
+                    x, y, s=80, marker="*", color=colours[QUERY], edgecolors="white",
                     linewidths=0.5, label="matched queries",
                 )  # fmt: skip
             row[0].set_ylabel(f"positives of {head}", fontsize=9)
         figure.suptitle(chosen.label, fontsize=9)
         legend_below(figure, panels.flat)
     return path
+
+
+def head_colours(heads: Sequence[str]) -> dict[str, str]:
+    """Of the query head and of each auxiliary one: the paper's, and of others no two alike."""
+    others = zip([head for head in heads if head not in PAPERS_COLOURS], cycle(OTHER_COLOURS))
+    return PAPERS_COLOURS | dict(others)
+
+
+def draw_links(axes: Any, measurement: Measurement, index: int, head: str, colour: str) -> None:
+    """A thin line from each of a head's points to the centre of its object."""
+    boxes = measurement.arrays[f"boxes/{index}"]
+    objects = measurement.arrays.get(f"objects/{index}/{head}")
+    if objects is None or not len(objects):  # kept by an earlier version, or nothing to link
+        return
+    centres = (boxes[objects, :2] + boxes[objects, 2:]) / 2
+    points = measurement.arrays[f"points/{index}/{head}"]
+    axes.plot(*np.stack([points, centres], 1).T, color=colour, linewidth=0.9, alpha=0.9)
 
 
 def draw_objects(axes: Any, measurement: Measurement, index: int) -> None:
@@ -284,29 +325,40 @@ def draw_objects(axes: Any, measurement: Measurement, index: int) -> None:
 
 
 def _draw_distances(
-    measurements: Sequence[Measurement], heads: Sequence[str], folder: Path
+    measurements: Sequence[Measurement],
+    heads: Sequence[str],
+    styles: Mapping[str, dict[str, Any]],
+    folder: Path,
 ) -> Path:
     """The distribution of distances over all seeds of a group, a panel for each head."""
     found = groups(measurements)
-    colours = dict(zip(found, cycle(COLOURS), strict=False))
+    # Dashes tell the kinds of queries; a line that lies below others is the thickest of them.
+    looks = {
+        group: {"color": styles[group]["color"], "linewidth": width}
+        for group, width in zip(found, np.linspace(2.6, 0.9, len(found)), strict=True)
+    }
     path, columns = folder / "queries_distances.png", min(3, len(heads))
     rows = -(-len(heads) // columns)
     size = (max(4.2, 3.2 * columns), 2.8 * rows + 0.6)
     with picture(path, rows, columns, size=size, font_size=9) as (figure, panels):
         for axes in panels.flat[len(heads) :]:
             axes.axis("off")
+        most = 0.05
         for axes, head in zip(panels.flat, heads, strict=False):
             for group, some in found.items():
                 for kind, style in KINDS.items():
                     counts = np.sum([m.arrays.get(f"{kind}/{head}", 0 * BINS[1:]) for m in some], 0)
                     if counts.any():
                         shares = counts / counts.sum()
-                        axes.stairs(shares, BINS, color=colours[group], linestyle=style)
-            axes.set(xlabel="distance / diagonal", title=f"positives of {head}", xlim=(0, 1))
+                        axes.stairs(shares, BINS, linestyle=style, **looks[group])
+                        most = max(most, BINS[1:][counts > 0].max())
+            axes.set(xlabel="distance / diagonal", title=f"positives of {head}")
+        for axes in panels.flat[: len(heads)]:
+            axes.set_xlim(0, most)
         for axes in panels[:, 0]:
             axes.set_ylabel("share")
-        for group, colour in colours.items():
-            panels[0, 0].plot([], [], color=colour, label=group)
+        for group, look in looks.items():
+            panels[0, 0].plot([], [], label=group, **look)
         for kind, style in KINDS.items():
             panels[0, 0].plot([], [], color="0.4", linestyle=style, label=f"{kind} queries")
         legend_below(figure, panels.flat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from scipy.stats import entropy
 from tiny_training import tiny_detector
 
 from codetr.analysis.conflicts import (
-    FIGURES,
     Conflicts,
+    _draw_maps,
+    _draw_matrices,
     as_distribution,
     distances,
     divergence,
@@ -60,10 +63,10 @@ def test_a_single_head_is_measured_from_the_query_head() -> None:
 def test_the_papers_averages() -> None:
     """Figures 8 and 9, by hand: K = 2 has one pair of auxiliary heads."""
     averages = paper_conflict(paper_tables())
-    assert averages[2] == pytest.approx((0.0062 + 0.0059) / 2)
+    assert averages[frozenset(["atss", "faster_rcnn"])] == pytest.approx((0.0062 + 0.0059) / 2)
     matrix = paper_tables()["figure9_conflict_k6"]["matrix"]
     off = [matrix[i][j] for i in range(1, 7) for j in range(1, 7) if i != j]
-    assert averages[6] == pytest.approx(sum(off) / len(off))
+    assert averages[frozenset(OURS)] == pytest.approx(sum(off) / len(off))
 
 
 def test_identical_heads_have_no_conflict(tmp_path) -> None:
@@ -170,14 +173,72 @@ def test_the_page_ranks_pairs_beside_the_papers(tmp_path, sign: int, rank: str) 
     assert f"{rank} over 42 ordered pairs (K=6)" in text
     assert [path.name for path in pictures] == ["conflicts_k6.png", "conflicts_maps.png"]
     assert "Numbers are means over 2 seeds" in text
-    assert text.count("the paper, K = ") == len(FIGURES)
-    row = next(line for line in text.splitlines() if line.startswith("| the paper, K = 6"))
+    assert text.count("| the paper, ") == 1  # the other figure is of other heads
+    row = next(line for line in text.splitlines() if line.startswith("| the paper, K=6"))
     cells = dict(zip(["", *OURS, "mean", "query"], row.strip("| ").split(" | "), strict=True))
     wanted = head_distances(papers_in_our_order())
     assert {n: float(cells[n]) for n in OURS} == pytest.approx(
         dict(zip(OURS, wanted, strict=True)), rel=1e-3
     )
-    assert float(cells["mean"]) == pytest.approx(paper_conflict(paper_tables())[6], rel=1e-3)
+    average = paper_conflict(paper_tables())[frozenset(OURS)]
+    assert float(cells["mean"]) == pytest.approx(average, rel=1e-3)
+
+
+def test_matrices_of_one_size_share_their_colours(tmp_path, monkeypatch) -> None:
+    ends = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, _: ends.append({i.get_clim() for a in figure.axes for i in a.images}),
+    )
+    matrix = 1.0 - np.eye(3)
+    other = replace(measured(["atss", "paa"], matrix), group="other")
+    ours = [measured(["atss", "faster_rcnn"], 4 * matrix), other]
+    _draw_matrices(mean_matrices(ours, paper_tables()), tmp_path)
+    assert ends == [{(0, 4)}]
+
+
+def test_the_distance_from_the_query_head_is_told_apart(tmp_path) -> None:
+    single = measured(["paa"], 9.0 * (1 - np.eye(2)))
+    two, other = (
+        measured(["atss", kind], x - x * np.eye(3)) for kind, x in (("paa", 1.0), ("gfl", 2.0))
+    )
+    several = [single, two, replace(other, group="other")]
+    text = Conflicts.report(several, tmp_path, paper_tables())[0].read_text()
+    assert "is largest with other (2.0000), smallest with K=2 (1.0000); a single head's" in text
+    assert "from the query head is 9.0000 with K=1. The paper" in text
+    text = Conflicts.report([single], tmp_path, paper_tables())[0].read_text()
+    assert "\nA single head's from the query head is 9.0000 with K=1. The paper" in text
+
+
+def test_two_numbers_are_no_picture(tmp_path) -> None:
+    one = measured(["paa"], np.ones((2, 2)))
+    _, *pictures = Conflicts.report([one], tmp_path, paper_tables())
+    assert [path.name for path in pictures] == ["conflicts_maps.png"]
+
+
+def test_maps_lie_on_their_images_in_the_matrices_order(tmp_path, monkeypatch) -> None:
+    """And say where they are zero."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, _: drawn.append(figure.axes)
+    )
+    names = ["query", "faster_rcnn", "atss"]
+    one = measured(["atss", "faster_rcnn"], 1.0 - np.eye(3))
+    one.arrays["cam/0/atss"][:] = 0
+    _draw_maps(one, names, tmp_path)
+    assert [axes.get_title() for axes in drawn[0]] == ["image", *names]
+    assert [len(axes.images) for axes in drawn[0]] == [1, 2, 2, 2]
+    assert all(axes.images[1].get_alpha() < 1 for axes in drawn[0][1:])
+    said = [[text.get_text() for text in axes.texts] for axes in drawn[0]]
+    assert said == [[], [], [], ["zero map"]]
+
+
+def test_equal_heads_have_no_paper_beside_them(tmp_path) -> None:
+    """Its matrices of two and of six are of different heads."""
+    twins = [measured(["atss", "atss_2"], np.ones((3, 3)))]
+    twins += [measured(["atss", *(f"atss_{n}" for n in range(2, 7))], np.ones((7, 7)))]
+    page, *_ = Conflicts.report(twins, tmp_path, paper_tables())
+    assert "| the paper, " not in page.read_text()
 
 
 def test_without_the_papers_heads_or_an_order_nothing_is_said(tmp_path) -> None:

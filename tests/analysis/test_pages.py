@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ from codetr.analysis.frame import Measurement
 from codetr.analysis.instability import Course, report_courses
 from codetr.analysis.iof_iob import GRID, IofIob
 from codetr.analysis.page import (
+    extremes,
     first_of,
     mean_and_range,
     number_table,
-    ranking,
     seeds_of,
 )
 from codetr.analysis.stability import Instability
-from codetr.plotting import COLOURS, draw_mean, legend_below, line_styles
+from codetr.plotting import COLOURS, dot_styles, draw_mean, legend_below, line_styles
 
 
 def measured(group: str, seed: int, **numbers: float) -> Measurement:
@@ -41,14 +42,18 @@ def test_numbers_of_several_seeds() -> None:
         "| K=0 | 0.3750 (0.2500 to 0.5000) | – |",
         "| K=1 | 2 | 1 |",
     ]
-    assert ranking(THREE, "x") == "0.375 (K=0), 2.000 (K=1)"
+    assert extremes(THREE, "x") == "largest with K=1 (2.000), smallest with K=0 (0.375)"
+    assert extremes(THREE[:1], "x") == "0.500 with K=0"
+    assert extremes([THREE[0], replace(THREE[0], group="K=1")], "x") == "0.500 with each"
+    overlapping = [*THREE[:2], measured("K=1", 0, x=0.5)]
+    assert extremes(overlapping, "x").endswith("smallest with K=0 (0.375), whose seeds overlap")
 
 
 def test_a_number_that_a_seed_lacks_has_no_mean() -> None:
     """It would be one of other seeds than the rest of the row."""
     lacking = [THREE[0], replace(THREE[1], numbers={}), THREE[2]]
     assert "| K=0 | – |" in number_table(lacking, {"the x": "x"})
-    assert ranking(lacking, "x") == "2.000 (K=1)"
+    assert extremes(lacking, "x") == "2.000 with K=1"
 
 
 def test_what_is_said_of_seeds() -> None:
@@ -59,10 +64,20 @@ def test_what_is_said_of_seeds() -> None:
     assert first_of([THREE[0], THREE[2]]) == ""
 
 
-def test_lines_are_told_apart_beyond_the_colours() -> None:
+def test_lines_and_dots_are_told_apart_beyond_the_colours() -> None:
     names = [f"detector {n}" for n in range(2 * len(COLOURS) + 1)]
-    styles = [tuple(style.items()) for style in line_styles(names).values()]
-    assert len({*styles}) == len(names)
+    for styles in (line_styles(names), dot_styles(names)):
+        assert len({tuple(style.items()) for style in styles.values()}) == len(names)
+
+
+def test_the_arms_of_every_shipped_ablation_have_colours_of_their_own() -> None:
+    """Eight in ablation-heads, where dots and bars have nothing but these."""
+    assert len({*COLOURS}) == 8
+
+
+def test_a_line_below_another_shows_through_it() -> None:
+    dashes = [style["linestyle"] for style in line_styles("abcd").values()]
+    assert all(one != other for one, other in pairwise(dashes))
 
 
 def test_the_mean_is_thick_and_every_seed_faint() -> None:
@@ -98,6 +113,22 @@ def test_no_picture_complains_of_what_it_lacks(tmp_path) -> None:
             page, picture = IofIob.report(some, tmp_path, {})
             assert picture.exists()
             assert "| K=0 | – | – | 0 |" in page.read_text()
+
+
+def test_an_arm_has_its_colour_also_where_another_is_lacking(tmp_path, monkeypatch) -> None:
+    """K = 0 has no head, and is on no page of heads."""
+    drawn = {}
+
+    def note(axes, x, curves, label, **style) -> None:
+        drawn.setdefault(label, set()).add(style["color"])
+
+    monkeypatch.setattr("codetr.analysis.iof_iob.draw_mean", note)
+    monkeypatch.setattr("codetr.analysis.instability.draw_mean", note)
+    one = replace(measured("K=1", 0), arrays={"encoder": GRID, "decoder": GRID})
+    IofIob.report([one], tmp_path, {}, ["K=0", "K=1"])
+    course = Course("a", "K=1", {2: Instability(0.5, 1.0), 3: Instability(0.5, 1.0)})
+    report_courses([course], "Seen.", tmp_path, ["K=0", "K=1"])
+    assert drawn == {"K=1": {COLOURS[1]}}
 
 
 def test_instability_of_seeds_side_by_side(tmp_path) -> None:

@@ -15,7 +15,9 @@ from codetr.analysis.frame import measure
 from codetr.analysis.queries import (
     Queries,
     assigned_objects,
+    draw_links,
     draw_objects,
+    head_colours,
     positive_centres,
     query_distances,
 )
@@ -139,6 +141,28 @@ def test_examples_are_in_the_pixels_of_their_picture(tmp_path) -> None:
     centres = xyxy_to_cxcywh(targets.boxes)[:, :2]
     nearest = torch.cdist(torch.from_numpy(found["points/0/atss"]), centres).min(1).values
     assert float(nearest.max()) < 24
+
+
+def test_each_query_is_linked_with_its_object(tmp_path) -> None:
+    found = measure(Queries, subject("atss"), dataset(tmp_path, [(48, 64)]))
+    boxes = found.arrays["boxes/0"]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    assert sorted(found.arrays["objects/0/query"]) == [0, 1]
+    for head in ("query", "atss"):
+        axes = Figure().subplots()
+        draw_links(axes, found, 0, head, "red")
+        points = found.arrays[f"points/0/{head}"]
+        objects = found.arrays[f"objects/0/{head}"]
+        assert len(axes.lines) == len(points)
+        for line, point, number in zip(axes.lines, points, objects, strict=True):
+            np.testing.assert_allclose(line.get_xydata(), [point, centres[number]])
+
+
+def test_every_head_has_a_colour_of_its_own() -> None:
+    """The paper's where the paper has one."""
+    colours = head_colours(["atss", "faster_rcnn", "paa", "retinanet", "fcos", "gfl", "mask_rcnn"])
+    assert (colours["query"], colours["faster_rcnn"], colours["atss"]) == ("red", "blue", "orange")
+    assert len({*colours.values()}) == len(colours) == 8
 
 
 def test_objects_are_drawn_in_the_images_own_pixels(tmp_path) -> None:

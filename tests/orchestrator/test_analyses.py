@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_training import FASTER_RCNN, start, tiny_detector, tiny_training
 from trial_samples import sample_plan, sample_results
 
@@ -20,7 +21,15 @@ from codetr.data import open_dataset
 from codetr.zoo.files import convert
 from orchestrator import analyses, cli
 from orchestrator.analyses import Analyses, Look, courses, measure_trial, possible_looks
-from orchestrator.analysis_overview import Point, Quantity, draw_by_k, points_of, quantities
+from orchestrator.analysis_overview import (
+    Point,
+    Quantity,
+    _join,
+    chain,
+    draw_by_k,
+    points_of,
+    quantities,
+)
 from orchestrator.analyze import _open
 from orchestrator.experiment import load_experiment
 from orchestrator.interrupt import Interrupts
@@ -243,11 +252,14 @@ def test_against_k(plan, tmp_path):
     ap = points_of(Quantity("AP"), results, [])
     assert ap[2] == Point("K=1 ATSS", 1, 20.0)
     looks = [Look("conflicts", result.trial, "x") for result in results]
-    quantity = Quantity("c", "conflicts", "conflict", [(2, 0.006), (6, 0.008)])
+    theirs = {"K=2 ATSS + Faster R-CNN": 0.006}
+    quantity = Quantity("c", "conflicts", "conflict", theirs, comparable=2)
     found = points_of(quantity, results, [fake_measurement(look) for look in looks])
     assert found[-1] == Point("K=2 ATSS + Faster R-CNN", 2, 0.5)
     twins = [replace(point, arm=f"{point.arm}'") for point in ap]
-    path = draw_by_k({Quantity("AP"): [*ap, *twins], quantity: found}, tmp_path / "k.png")
+    shown = {Quantity("AP"): [*ap, *twins], quantity: found}
+    arms = dict.fromkeys(point.arm for point in shown[next(iter(shown))])
+    path = draw_by_k(shown, [*arms], chain(plan), tmp_path / "k.png")
     assert path.stat().st_size > 1000
 
 
@@ -255,8 +267,45 @@ def test_the_paper_has_a_value_for_each_arm_of_a_k(tmp_path):
     """Table 7 has two arms of K = 2; a seed more is no arm more."""
     options = Options(output=tmp_path, profile="laptop", seeds=(0, 1))
     ap, conflict, *_ = quantities(make_plan(load_experiment("ablation-k-to-6"), options))
-    assert [*ap.paper] == [(0, 47.1), (1, 48.7), (2, 49.0), (2, 49.5), (3, 49.5), (6, 48.9)]
-    assert [k for k, _ in conflict.paper] == [2, 6]
+    assert [*ap.paper.values()] == [47.1, 48.7, 49.0, 49.5, 49.5, 48.9]
+    assert [*conflict.paper] == ["K=2 ATSS + Faster R-CNN", "K=6 + RetinaNet, FCOS, GFL"]
+
+
+def test_the_paper_has_no_conflict_of_equal_heads(tmp_path):
+    options = Options(output=tmp_path, profile="laptop")
+    _, conflict, *_ = quantities(make_plan(load_experiment("ablation-same-heads"), options))
+    assert conflict.paper == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "nested"),
+    [
+        (
+            "ablation-k-to-6",
+            [
+                "K=0",
+                "K=1 ATSS",
+                "K=2 ATSS + Faster R-CNN",
+                "K=3 + PAA",
+                "K=6 + RetinaNet, FCOS, GFL",
+            ],
+        ),
+        ("ablation-same-heads", ["1 x ATSS", "2 x ATSS", "6 x ATSS"]),
+        ("ablation-heads", []),  # seven arms of one head
+    ],
+)
+def test_a_line_joins_arms_of_which_each_has_the_heads_before_it(tmp_path, name, nested):
+    options = Options(output=tmp_path, profile="laptop")
+    assert chain(make_plan(load_experiment(name), options)) == nested
+
+
+def test_a_distance_from_the_query_head_is_in_no_line_of_those_among_heads():
+    quantity = Quantity("c", "conflicts", "conflict", comparable=2)
+    places = {"a": (1, 0.1), "b": (2, 0.2), "c": (3, 0.3)}
+    axes = Figure().subplots()
+    _join(axes, quantity, places, ["a", "b", "c"])
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[2, 0.2], [3, 0.3]]
 
 
 # --------------------------------------------------------------------------------------- for real

@@ -71,6 +71,7 @@ def test_unknown_names_and_keys_name_the_nearest(tmp_path):
         ("- 1", "an experiment is a mapping"),
         ("a: [", "not YAML"),
         (MINIMAL + "    arms: [b]\n", "no arm 'b'"),
+        (MINIMAL + "reference: b\n", "reference: no arm 'b' in profile"),
         (MINIMAL + "    seeds: []\n", "seeds"),
         (MINIMAL.replace("a: {}", "a: {paper: {k: 0}}"), "paper: table"),
     ],

@@ -20,7 +20,7 @@ from orchestrator.report import (
     write_tables,
     write_trial_files,
 )
-from orchestrator.results import TrialResult, row, summarise
+from orchestrator.results import TrialResult, reference, row, summarise
 
 
 @pytest.fixture
@@ -117,6 +117,25 @@ def test_gains_are_over_the_first_arm_beside_the_papers(plan):
     assert third.paper_gain == pytest.approx(49.5 - 47.1)
 
 
+def test_gains_are_over_the_arm_that_the_experiment_names(tmp_path):
+    """Where it has the results that are compared; a name changes no trial."""
+    experiment = load_experiment("ablation-k").model_copy(update={"reference": "K=1 ATSS"})
+    options = Options(output=tmp_path, seeds=(0, 1))
+    named = make_plan(experiment, options)
+    others = make_plan(load_experiment("ablation-k"), options)
+    assert [trial.id for trial in named.trials] == [trial.id for trial in others.trials]
+    results = sample_results(named)
+    first, second, third = summarise(results)
+    assert (first.gain, second.gain) == (pytest.approx(-10), None)
+    assert third.paper_gain == pytest.approx(49.5 - 48.7)
+    assert "Gains are over K=1 ATSS." in markdown(named, results)
+    assert reference(results[:2]) == "K=0"
+
+
+def test_the_reference_of_the_loss_weights_is_the_papers_choice():
+    assert load_experiment("ablation-lambda").reference == "λ1=1 λ2=2"
+
+
 def test_gains_are_those_of_the_same_seed(plan):
     """A seed that the first arm lacks has none."""
     results = sample_results(plan)
@@ -139,7 +158,8 @@ def test_an_arm_without_a_result_has_no_number(plan):
 def test_markdown_shows_the_spread_of_seeds(plan):
     text = markdown(plan, sample_results(plan))
     assert "| K=1 ATSS | 20.5 (20.0–21.0) | +10.0 (+10.0 to +10.0) | 48.7 | +1.6 |" in text
-    assert "first arm's trial of the same seed" in text
+    assert "Gains are over the first arm, K=0." in text
+    assert "each over that arm's trial of the same seed" in text
     assert "`table7_number_of_heads`" in text
 
 

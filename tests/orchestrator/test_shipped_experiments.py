@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from codetr.analysis import CATALOGUE
 from codetr.config import DataConfig
 from codetr.data.digits import make_digits
 from codetr.zoo.measure import on_meta
@@ -97,6 +98,12 @@ def test_every_experiment_is_shown_by_a_dry_run(name, profile, coco, tmp_path, m
 def test_every_arm_runs_in_some_profile(name, coco):
     run = {arm for profile in PROFILES for arm in plan(name, profile, coco).arms}
     assert run == set(load_experiment(name).arms)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("ablation-")])
+def test_every_ablation_ends_with_all_analyses(name, profile, coco):
+    assert plan(name, profile, coco).analyses == tuple(CATALOGUE)
 
 
 def test_each_table_from_2_to_13_is_somebodys():
