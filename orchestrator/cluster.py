@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 _LOCAL_ENVIRONMENT = {
+    # Other users of this machine reach 127.0.0.1, too. Ray makes a token where there is none.
+    "RAY_AUTH_MODE": "token",
     # Watches for nodes about to be taken away: a process for each trial, and there is one node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -135,10 +135,17 @@ class Ledger:
             self.entries[tune_id].reason = reason
             self._write()
 
-    def close(self) -> None:
-        """The search is over: what Tune has forgotten is no suggestion."""
+    def close(self, known: Container[str] | None = None) -> None:
+        """The search is over: what Tune has forgotten is no suggestion. It has made others instead,
+        and there would be more of them than were asked for.
+
+        Args:
+            known: Tune's ids; None: all that were claimed or had ended.
+        """
         with self._lock:
             self.cut_off.clear()
+            if known is not None:
+                self.entries = {key: e for key, e in self.entries.items() if key in known}
             self._write()
 
     def _all(self) -> list[Entry]:
@@ -170,8 +177,9 @@ class Searcher(Foreman):
         name = ray.get_runtime_context().get_actor_name()
         tuner = _tuner(self.sweep, _trainable(self.sweep, self.loop, name), name, self.slots)
         with self.leases:
-            tuner.fit()
-        self.ledger.close()
+            results = tuner.fit()
+        # Each has a folder of its id's name: see trial_dirname_creator.
+        self.ledger.close({Path(result.path).name for result in results})
 
     def claim(self, tune_id: str, suggestion: Suggestion, trial: Trial) -> bool:
         """Whether this suggestion shall train its trial; if not, another one does or did."""

@@ -195,6 +195,19 @@ def test_nobody_waits_for_a_suggestion_that_tune_has_forgotten(tmp_path):
     assert [(entry.tune_id, entry.number) for entry in read_ledger(tmp_path)] == [("new", 2)]
 
 
+def test_what_tune_has_forgotten_after_its_end_is_no_suggestion_either(tmp_path):
+    """Killed before Tune had written down that it was there; Tune has suggested the same again."""
+    before = Ledger(tmp_path)
+    before.claim("forgotten", {"lambda_1": 1}, "trial")
+    before.end("forgotten", "finished")
+    again = Ledger(tmp_path)
+    assert not again.claim("new", {"lambda_1": 1}, "trial")  # there is nothing left to train
+    again.end("new", "finished")
+    again.close({"new"})
+    (left,) = read_ledger(tmp_path)
+    assert (left.tune_id, left.state) == ("new", "finished")
+
+
 def test_grace():
     assert [grace_epochs(epochs) for epochs in (1, 3, 8, 12)] == [1, 1, 2, 3]
 
