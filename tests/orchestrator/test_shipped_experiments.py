@@ -333,6 +333,12 @@ REDUCED = (
 )
 
 
+def part_of(parameter: str) -> str:
+    """``heads.1`` of ``heads.1.cls.weight``; other parts are not several."""
+    first, second, *_ = f"{parameter}..".split(".")
+    return f"{first}.{second}" if second.isdigit() else first
+
+
 def distinct_arms(plans: Iterable[Plan]) -> list[Trial]:
     """One trial for each detector."""
     arms: dict[str, Trial] = {}
@@ -368,7 +374,8 @@ def test_every_distinct_arm_takes_two_steps(tmp_path):
         images = open_dataset(data, "train", seed=0, masks=trial.detector.needs_masks)
         state = TrainingState.start(
             trial.detector,
-            trial.training.model_copy(update={"warmup_steps": 0}),
+            # Without decay, which moves parameters that no loss reaches.
+            trial.training.model_copy(update={"warmup_steps": 0, "weight_decay": 0.0}),
             data,
             images.classes,
             seed=0,
@@ -386,9 +393,10 @@ def test_every_distinct_arm_takes_two_steps(tmp_path):
         assert len(reports) == 2, trial.name
         assert all(math.isfinite(report.loss) for report in reports), trial.name
         moved = {
-            name.partition(".")[0]
+            part_of(name)
             for name, value in state.model.state_dict().items()
             if not torch.equal(value, before[name])
         }
-        untouched = {name.partition(".")[0] for name in before} - moved
-        assert not untouched, (trial.name, untouched)
+        # Without losses of its head, an arm has the coarsest level for its positives alone, if any.
+        idle = set() if trial.detector.head_losses else {"heads.0", "adapter"}
+        assert {part_of(name) for name in before} - moved <= idle, trial.name
