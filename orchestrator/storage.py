@@ -73,7 +73,7 @@ class Storage:
             # Others write there: what was once listed is soon out of date.
             filesystem, root = fsspec.core.url_to_fs(plan.storage, use_listings_cache=False)
         except Exception as error:  # each file system raises its own
-            raise _refused(plan.storage, "cannot be reached", error) from None
+            raise _refused(plan.storage, "cannot be used", error) from None
         return cls(filesystem, f"{root.rstrip('/')}/{plan.name}/{plan.store.name}")
 
     def require_writable(self, plan: Plan) -> None:

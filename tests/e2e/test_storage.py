@@ -92,7 +92,7 @@ def test_a_run_lives_in_an_object_store(laboratory, s3):
 
 def test_a_place_that_cannot_be_used_is_one_line(laboratory):
     for url, reason in (
-        ("nonsense://lab", "Protocol not known: nonsense"),
+        ("nonsense://lab", "cannot be used: Protocol not known: nonsense"),
         ("file:///proc/nowhere", "cannot be written"),
     ):
         code, out = laboratory.run("--storage", url)
