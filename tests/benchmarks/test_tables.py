@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md are the newest result files'."""
+"""The tables of the documents are the newest result files'."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from frame import Report, write_result
 from tables import newest, section, updated
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def write(folder: Path, name: str, seconds: float) -> Path:
@@ -49,9 +49,8 @@ def test_a_document_between_its_markers(tmp_path: Path) -> None:
         updated(document.replace("step", "other"), tmp_path)
 
 
-def test_the_documents_tables_are_those_of_the_results() -> None:
-    if not DOCUMENT.exists():
-        pytest.skip("docs/performance.md has not been written yet")
-    text = DOCUMENT.read_text()
+@pytest.mark.parametrize("name", ["performance.md", "analysis.md"])
+def test_the_documents_tables_are_those_of_the_results(name: str) -> None:
+    text = (DOCS / name).read_text()
     assert "<!-- benchmark " in text
     assert updated(text) == text
