@@ -115,8 +115,8 @@ class MaskBranch(nn.Module):
 def mask_targets(targets: Targets, numbers: Tensor, boxes: Tensor, size: int) -> Tensor:
     """(P, size, size) share of each cell that the object's mask covers, in [0, 1].
 
-    Aligned, as the features are: torchvision's own targets lie half a pixel aside. They stay shares;
-    MMDetection rounds them to 0 and 1.
+    Aligned, as the features are: torchvision's own targets lie half a pixel aside. They stay
+    shares; MMDetection rounds them to 0 and 1.
 
     Args:
         targets: of one image, with masks.
