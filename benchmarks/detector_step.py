@@ -28,16 +28,9 @@ TOLERANCE = 1e-4
 
 def main() -> int:
     options = parse_arguments(__doc__, rounds=7)
-    task = Task(
-        SMALL if options.small else R50, tuple(options.size), options.batch, options.objects
+    report, task = begin(
+        "What do a training step and inference of Co-Deformable-DETR take?", options
     )
-    report = Report(
-        "What do a training step and inference of Co-Deformable-DETR take?",
-        PEER,
-        settings_of(options),
-        ("torch", "torchvision", "timm", "transformers"),
-    )
-    require_agreement(report, task)
     with ExitStack() as processes:
         contenders = {
             name: processes.enter_context(Elsewhere(build, task, name))
@@ -49,6 +42,18 @@ def main() -> int:
             report.add(action, alternate(turns, options.rounds))
     report.finish("detector_step", options.out)
     return 0
+
+
+def begin(question: str, options: argparse.Namespace) -> tuple[Report, Task]:
+    """What these options measure, once ours and the peer have been shown to agree on it."""
+    task = Task(
+        SMALL if options.small else R50, tuple(options.size), options.batch, options.objects
+    )
+    report = Report(
+        question, PEER, settings_of(options), ("torch", "torchvision", "timm", "transformers")
+    )
+    require_agreement(report, task)
+    return report, task
 
 
 def parse_arguments(doc: str | None, rounds: int) -> argparse.Namespace:

@@ -19,10 +19,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from detector_step import parse_arguments, require_agreement
-from detectors import PEER, R50, SMALL, Task, build
+from detector_step import begin, parse_arguments
+from detectors import PEER, Task, build
 from elsewhere import Elsewhere
-from frame import Report, Sample, settings_of
+from frame import Sample
 from torch.profiler import ProfilerActivity, profile
 
 CONTENDERS = (PEER, "K = 0", "K = 2")
@@ -46,16 +46,7 @@ KINDS = {
 
 def main() -> int:
     options = parse_arguments(__doc__, rounds=3)
-    task = Task(
-        SMALL if options.small else R50, tuple(options.size), options.batch, options.objects
-    )
-    report = Report(
-        "Where does a training step of Co-Deformable-DETR go?",
-        PEER,
-        settings_of(options),
-        ("torch", "torchvision", "timm", "transformers"),
-    )
-    require_agreement(report, task)
+    report, task = begin("Where does a training step of Co-Deformable-DETR go?", options)
     samples: dict[str, dict[str, list[Sample]]] = {}
     with ExitStack() as processes:
         contenders = {
