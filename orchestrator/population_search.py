@@ -108,8 +108,9 @@ class PopulationSearcher(Searcher):
         trial, entry = self._trial(member), self.ledger.entries.get(self._key(member))
         # What has ended so did it in an invocation before this one.
         if entry is None or entry.state in ("failed", "interrupted"):
-            more = {"member": member.number, "turns": member.turns, "origin": origin}
-            self.ledger.claim(self._key(member), member.suggestion, trial.id, **more)
+            own = member.suggestion
+            more = {"member": member.number, "turns": member.turns, "origin": origin, "named": own}
+            self.ledger.claim(self._key(member), own, trial.id, **more)
             self.begin(self._key(member), trial)
         return self._entry(member)
 

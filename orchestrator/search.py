@@ -65,6 +65,8 @@ class Entry:
         member: of a population: its place there; 0 for others.
         turns: what such a member has changed since it began with the suggestion.
         origin: whose weights it has gone on from, in words.
+        named: the first suggestion that stood for the trial: its name is the trial's, and so the
+            folder's, whichever of them trains it. None in a ledger of an older version: its own.
     """
 
     number: int
@@ -76,6 +78,7 @@ class Entry:
     member: int = 0
     turns: tuple[Turn, ...] = ()
     origin: str = ""
+    named: Suggestion | None = None
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Entry:
@@ -103,15 +106,16 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        before = read_ledger(folder)
-        self.entries = {entry.tune_id: entry for entry in before if entry.state != "open"}
-        # Nobody may wait for these until Tune takes them up: it may have forgotten the last ones.
-        self.cut_off = {entry.tune_id: entry for entry in before if entry.state == "open"}
+        before = {entry.tune_id: entry for entry in read_ledger(folder)}
+        self.entries = {key: entry for key, entry in before.items() if is_done(entry)}
+        # Nobody may wait for these until they are taken up again, each at a time of its own: the
+        # last ones Tune may even have forgotten.
+        self.unfinished = {key: entry for key, entry in before.items() if not is_done(entry)}
         self._lock = threading.Lock()
 
-    def claim(self, tune_id: str, suggestion: Suggestion, trial: str, **of_member: Any) -> bool:
-        """Note a suggestion; True if it is the one to train its trial, the first that stands for
-        it.
+    def claim(self, tune_id: str, suggestion: Suggestion, trial: str, **of_member: Any) -> Entry:
+        """Note a suggestion; returns the one that is to train its trial, or has done it: of those
+        that stand for it, the first that came.
 
         Args:
             of_member: what else an entry says of a population's member.
@@ -119,12 +123,14 @@ class Ledger:
         with self._lock:
             if tune_id not in self.entries:
                 number = max((entry.number for entry in self._all()), default=0) + 1
-                new = Entry(number, tune_id, suggestion, trial, **of_member)
-                self.entries[tune_id] = self.cut_off.pop(tune_id, new)
+                twins = sorted((e for e in self._all() if e.trial == trial), key=lambda e: e.number)
+                named = twins[0].named or twins[0].suggestion if twins else suggestion
+                new = Entry(number, tune_id, suggestion, trial, **{"named": named} | of_member)
+                self.entries[tune_id] = self.unfinished.pop(tune_id, new)
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
             self._write()
-        return self.first(trial).tune_id == tune_id
+        return self.first(trial)
 
     def first(self, trial: str) -> Entry:
         return next(entry for entry in self.entries.values() if entry.trial == trial)
@@ -143,13 +149,18 @@ class Ledger:
             known: Tune's ids; None: all that were claimed or had ended.
         """
         with self._lock:
-            self.cut_off.clear()
+            kept = {
+                key: entry
+                for key, entry in self.unfinished.items()
+                if (entry.state != "open" if known is None else key in known)
+            }
+            self.unfinished = kept
             if known is not None:
                 self.entries = {key: e for key, e in self.entries.items() if key in known}
             self._write()
 
     def _all(self) -> list[Entry]:
-        return [*self.entries.values(), *self.cut_off.values()]
+        return [*self.entries.values(), *self.unfinished.values()]
 
     def _write(self) -> None:
         rows = [asdict(entry) for entry in self._all()]
@@ -181,12 +192,12 @@ class Searcher(Foreman):
         # Each has a folder of its id's name: see trial_dirname_creator.
         self.ledger.close({Path(result.path).name for result in results})
 
-    def claim(self, tune_id: str, suggestion: Suggestion, trial: Trial) -> bool:
-        """Whether this suggestion shall train its trial; if not, another one does or did."""
-        mine = self.ledger.claim(tune_id, suggestion, trial.id)
-        if mine:
-            self.begin(tune_id, trial)
-        return mine
+    def claim(self, tune_id: str, suggestion: Suggestion) -> Entry:
+        """Note a suggestion; returns the one that shall train its trial, if not another did."""
+        first = self.ledger.claim(tune_id, suggestion, self.sweep.trial(suggestion).id)
+        if first.tune_id == tune_id:
+            self.begin(tune_id, trial_of(self.sweep, first))
+        return replace(first)
 
     def begin(self, entry: str, trial: Trial) -> None:
         """The entry's trial is about to be trained."""
@@ -206,7 +217,7 @@ class Searcher(Foreman):
         return self.leases.lost
 
     def first(self, trial: str) -> Entry:
-        """The suggestion that trains the trial: its arm, and so its folder, bear its name."""
+        """The suggestion that trains the trial."""
         return replace(self.ledger.first(trial))
 
     def failed(self, tune_id: str, reason: str) -> None:
@@ -353,8 +364,9 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
         searcher = ray.get_actor(name)
         tune_id = tune.get_context().get_trial_id()
         suggestion = config.get("suggestion", config)
-        trial = sweep.trial(suggestion)
-        if ray.get(searcher.claim.remote(tune_id, suggestion, trial)):
+        first = ray.get(searcher.claim.remote(tune_id, suggestion))
+        trial = trial_of(sweep, first)
+        if first.tune_id == tune_id:
             to_tune = _report_to_tune(sweep.search.metric, trial.training.epochs)
             reason = train_leased(sweep, trial, searcher, loop, callbacks=[to_tune])
             if reason == STOPPED:
@@ -369,7 +381,6 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
                 time.sleep(_POLL_SECONDS)
             if first.state == "interrupted":
                 _interrupt(searcher, tune_id)
-            trial = trial_of(sweep, first)
         _report_last(sweep, trial)
 
     return codetr_trial
@@ -464,7 +475,7 @@ def _report_last(sweep: Sweep, trial: Trial) -> None:
 
 def trial_of(sweep: Sweep, entry: Entry) -> Trial:
     """The trial that an entry of the ledger stands for."""
-    return sweep.trial(entry.suggestion, entry.turns)
+    return sweep.trial(entry.named or entry.suggestion, entry.turns)
 
 
 def is_done(entry: Entry) -> bool:

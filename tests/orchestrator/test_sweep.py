@@ -13,7 +13,7 @@ from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
 from orchestrator.records import keep_invocation, read_records
 from orchestrator.results import TrialResult
-from orchestrator.search import Ledger, grace_epochs, read_ledger
+from orchestrator.search import Entry, Ledger, grace_epochs, read_ledger, trial_of
 from orchestrator.sweep import (
     Search,
     SweepOptions,
@@ -173,15 +173,19 @@ def test_a_damaged_ledger_is_named(tmp_path):
         read_ledger(tmp_path)
 
 
+def trains(ledger, tune_id, suggestion, trial):
+    return ledger.claim(tune_id, suggestion, trial).tune_id == tune_id
+
+
 def test_the_ledger_outlives_its_process(tmp_path):
     ledger = Ledger(tmp_path)
-    assert ledger.claim("a", {"lambda_1": 1}, "trial")
-    assert not ledger.claim("b", {"lambda_1": 1.0}, "trial")  # the same configuration
-    assert ledger.claim("c", {"lambda_1": 2}, "other")
+    assert trains(ledger, "a", {"lambda_1": 1}, "trial")
+    assert not trains(ledger, "b", {"lambda_1": 1.0}, "trial")  # the same configuration
+    assert trains(ledger, "c", {"lambda_1": 2}, "other")
     ledger.end("c", "stopped", "asha, after epoch 2")
     again = Ledger(tmp_path)
-    assert again.claim("a", {"lambda_1": 1}, "trial")  # its first suggestion trains it, as before
-    assert not again.claim("b", {"lambda_1": 1.0}, "trial")
+    assert trains(again, "a", {"lambda_1": 1}, "trial")  # its first suggestion trains it, as before
+    assert not trains(again, "b", {"lambda_1": 1.0}, "trial")
     by_id = {entry.tune_id: (entry.number, entry.state) for entry in read_ledger(tmp_path)}
     assert by_id == {"a": (1, "open"), "b": (2, "open"), "c": (3, "stopped")}
 
@@ -189,10 +193,60 @@ def test_the_ledger_outlives_its_process(tmp_path):
 def test_nobody_waits_for_a_suggestion_that_tune_has_forgotten(tmp_path):
     Ledger(tmp_path).claim("forgotten", {"lambda_1": 1}, "trial")
     again = Ledger(tmp_path)
-    assert again.claim("new", {"lambda_1": 1}, "trial")
+    assert trains(again, "new", {"lambda_1": 1}, "trial")
     again.end("new", "finished")
     again.close()
     assert [(entry.tune_id, entry.number) for entry in read_ledger(tmp_path)] == [("new", 2)]
+
+
+@pytest.mark.parametrize("state", ["open", "interrupted", "failed"])
+def test_whoever_is_taken_up_first_trains_what_several_stand_for(tmp_path, state):
+    """Not what the first of them came to in an earlier invocation: it will be taken up later."""
+    before = Ledger(tmp_path)
+    before.claim("a", {"lambda_1": 1}, "trial")
+    before.claim("b", {"lambda_1": 1.0}, "trial")
+    for key in ("a", "b"):
+        before.end(key, state)
+    again = Ledger(tmp_path)
+    assert trains(again, "b", {"lambda_1": 1.0}, "trial")
+    assert not trains(again, "a", {"lambda_1": 1}, "trial")
+    again.end("a", "finished")
+    again.end("b", "finished")
+    again.close({"a", "b"})
+    assert {e.tune_id: (e.number, e.state) for e in read_ledger(tmp_path)} == {
+        "a": (1, "finished"),
+        "b": (2, "finished"),
+    }
+
+
+def test_a_trial_keeps_its_folder_whichever_of_its_suggestions_trains_it(tmp_path):
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,1.0",), searcher="grid")
+    one, other = {"lambda_1": 1}, {"lambda_1": 1.0}
+    trial = sweep.trial(one)
+    assert sweep.trial(other).id == trial.id
+    assert sweep.trial(other).name != trial.name  # it bears the suggestion's words
+    before = Ledger(tmp_path)
+    before.claim("a", one, trial.id)
+    before.claim("b", other, trial.id)
+    again = Ledger(tmp_path)
+    assert trial_of(sweep, again.claim("b", other, trial.id)) == trial
+    again.end("b", "finished")
+    again.close({"b"})  # Tune has forgotten the one whose name it bears
+    (left,) = read_ledger(tmp_path)
+    assert (left.tune_id, trial_of(sweep, left)) == ("b", trial)
+    # As an older version has written it: each under its own name.
+    assert trial_of(sweep, Entry(1, "b", other, trial.id)) == sweep.trial(other)
+
+
+def test_what_a_population_has_left_behind_stays_in_its_ledger(tmp_path):
+    before = Ledger(tmp_path)
+    for key in ("failed", "cut off"):
+        before.claim(key, {"lambda_1": 1}, key, member=1)
+    before.end("failed", "failed", "a NaN")
+    again = Ledger(tmp_path)
+    again.claim("other", {"lambda_1": 2}, "other", member=1)
+    again.close()
+    assert {e.tune_id: e.reason for e in read_ledger(tmp_path)} == {"failed": "a NaN", "other": ""}
 
 
 def test_what_tune_has_forgotten_after_its_end_is_no_suggestion_either(tmp_path):
@@ -201,7 +255,8 @@ def test_what_tune_has_forgotten_after_its_end_is_no_suggestion_either(tmp_path)
     before.claim("forgotten", {"lambda_1": 1}, "trial")
     before.end("forgotten", "finished")
     again = Ledger(tmp_path)
-    assert not again.claim("new", {"lambda_1": 1}, "trial")  # there is nothing left to train
+    # There is nothing left to train.
+    assert not trains(again, "new", {"lambda_1": 1}, "trial")
     again.end("new", "finished")
     again.close({"new"})
     (left,) = read_ledger(tmp_path)
