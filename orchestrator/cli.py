@@ -24,8 +24,8 @@ from orchestrator.remote_cli import cluster_app, job_app, submit_command, submit
 
 if TYPE_CHECKING:
     from orchestrator.experiment import Experiment
+    from orchestrator.invocation import Outcome
     from orchestrator.plan import Options, Plan
-    from orchestrator.runner import Outcome
 
 app = typer.Typer(
     help="Co-DETR and the laboratory around it: run an experiment, look at data, use a detector.",

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from codetr.config import ConfigError
 from orchestrator.analyses import Analyses
 from orchestrator.board import Progress
-from orchestrator.cluster import Cluster
 from orchestrator.console import View, label
-from orchestrator.files import as_far_as_possible, is_left, not_writable
-from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import (
-    ForemanLost,
-    Loop,
-    failure_text,
-    foreman_needed,
-    let_save,
-    result_on_disk,
-    start_foreman,
+from orchestrator.interrupt import Interrupts
+from orchestrator.invocation import (
+    POLL_SECONDS,
+    Invocation,
+    Outcome,
+    only_one,
+    prepare_data,
+    prepare_storage,
 )
-from orchestrator.lease import LAPSE_SECONDS, Lease, Leases
+from orchestrator.jobs import Loop, failure_text, foreman_needed, result_on_disk, start_foreman
+from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
-from orchestrator.recorder import Recorder
 from orchestrator.records import (
     finished_elsewhere,
     keep_history,
     note,
     noted,
-    occupied,
     set_aside,
     sign_in,
     take_over,
@@ -50,7 +38,6 @@ from orchestrator.tracking import Status
 from orchestrator.wording import one_line
 from orchestrator.worker import STOP, STOPPED, train
 
-_POLL_SECONDS = 0.25
 _LEASE_POLL_SECONDS = 2.0
 """So often is a trial asked for that another invocation trains."""
 
@@ -60,35 +47,6 @@ _STATUS: dict[State, Status] = {
     "interrupted": "KILLED",
     "not started": "KILLED",
 }
-
-
-@dataclass
-class Outcome:
-    """What a run leaves behind.
-
-    Attributes:
-        results: one for each trial of the plan, in its order.
-        files: tables and pictures.
-        interrupted: the exit code for the signal that ended it.
-        logs: Ray's, where a trial has failed, or the foreman.
-    """
-
-    results: list[TrialResult]
-    files: list[Path] = field(default_factory=list)
-    interrupted: int | None = None
-    logs: Path | None = None
-
-    @property
-    def exit_code(self) -> int:
-        if self.interrupted is not None:
-            return self.interrupted
-        return int(any(result.state != "finished" for result in self.results))
-
-    @property
-    def status(self) -> Status:
-        if self.interrupted is not None:
-            return "KILLED"
-        return "FAILED" if self.exit_code else "FINISHED"
 
 
 def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
@@ -109,84 +67,6 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
         leases = Leases(plan.output, plan.name, on_loss=interrupts.ask)
         with only_one(plan.folder), leases:
             return _Run(plan, view, loop, interrupts, leases).outcome()
-
-
-def prepare_data(plan: Plan, view: View) -> None:
-    """Make the embedded images if need be, and open every data set as the workers will.
-
-    Raises:
-        ConfigError, DataError: it cannot be used.
-    """
-    from codetr.data import open_dataset
-    from codetr.data.digits import cached_digits
-
-    wanted = {
-        (trial.data.model_dump_json(), trial.detector.needs_masks): trial.data
-        for trial in plan.trials
-    }
-    for (_, masks), data in wanted.items():
-        if data.dataset != "coco":
-            cached_digits(
-                lvis=data.dataset == "digits-lvis",
-                progress=lambda done, total: view.stage("making the images", f"{done}/{total}"),
-            )
-        view.stage("opening the data")
-        train_set = open_dataset(data, "train", masks=masks)
-        val_set = open_dataset(data, "val")
-        train_set.classes.require_same(
-            val_set.classes, str(train_set.annotations), str(val_set.annotations)
-        )
-        for dataset in (train_set, val_set):
-            if dataset.skipped:
-                view.say(f"{dataset.annotations}: left out {dataset.skipped} broken image(s)")
-
-
-def prepare_storage(plan: Plan, view: View) -> None:
-    """Try the place for checkpoints out, if it is not simply below the output folder.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    if plan.storage is None:
-        return
-    from orchestrator.storage import Storage
-
-    view.stage("opening the storage")
-    Storage.of(plan).require_writable(plan)
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second invocation.
-
-    Raises:
-        ConfigError: another one is at work there, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise occupied(folder) from None
-    except OSError as error:
-        raise not_writable(folder, error) from None
-    try:
-        with lock:
-            yield
-    finally:
-        if [path.name for path in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            for empty in (folder, folder.parent):
-                with suppress(OSError):
-                    empty.rmdir()
-
-
-def tell_lost(lost: dict[str, Lease], view: View) -> None:
-    """Say why nobody's signal has ended the run."""
-    for trial, lease in lost.items():
-        view.say(
-            f"{trial}: '{lease.name}' trains it now ({lease.owner}), for {LAPSE_SECONDS:.0f} s had "
-            "passed without a sign of life from here: to go on would train it twice"
-        )
 
 
 def known_result(plan: Plan, trial: Trial) -> TrialResult:
@@ -221,82 +101,47 @@ class _Elsewhere:
         return trials
 
 
-class _Run:
-    """One invocation, from the start of Ray and MLflow to the last table."""
+class _Run(Invocation):
+    """Every trial of a plan that is not yet trained."""
 
     def __init__(
         self, plan: Plan, view: View, loop: Loop, interrupts: Interrupts, leases: Leases
     ) -> None:
-        self.plan, self.view, self.loop, self.interrupts = plan, view, loop, interrupts
-        self.leases, self.since = leases, time.time()
-        self.cluster = Cluster(plan)
-        self.recorder: Recorder | None = None
+        super().__init__(plan, view, loop, interrupts, leases)
+        self.since = time.time()
+        self.done: dict[str, TrialResult] = {}
         self.results: dict[str, TrialResult] = {}
         self.begun: set[str] = set()
-        self.slots = 0
-        self._is_cut_off = False
         self._analyses = Analyses(plan, view, interrupts, self.results)
 
-    def outcome(self) -> Outcome:
-        interrupted = None
-        try:
-            done = self._done_before()
-            waiting = [trial for trial in self.plan.trials if trial.id not in done]
-            try:
-                looks = self._analyses.missing(done.values())
-                self._start(with_ray=bool(waiting or looks))
-                self._take_over(done)
-                self._train(waiting)
-                self._analyses.look(self._tell, self.slots)
-            except ForemanLost as lost:
-                self.view.say(str(lost))
-                self._is_cut_off = True
-            except Interrupted as asked:
-                interrupted = asked.exit_code
-                tell_lost(self.leases.lost, self.view)
-            with self.interrupts.shield():
-                return self._finish(interrupted)
-        except BaseException as error:
-            self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
-            if self.recorder is not None:
-                self.recorder.close("FAILED", [], patience=10)
-            raise
+    def work(self) -> None:
+        waiting = [trial for trial in self.plan.trials if trial.id not in self.done]
+        looks = self._analyses.missing(self.done.values())
+        self.start(with_ray=bool(waiting or looks))
+        for result in self.done.values():
+            self.tell.adopt(result.trial)
+            self._end(result)
+        self._train(waiting)
+        self._analyses.look(self.tell, self.slots)
 
     # -------------------------------------------------------------------------------- beginning
 
-    def _done_before(self) -> dict[str, TrialResult]:
-        """Results of the trials that are only reported: finished, or as ``--rerun`` has it."""
+    def take_stock(self) -> None:
+        """Read what is only reported: finished trials, or as ``--rerun`` has it."""
         done: dict[Rerun, tuple[State, ...]] = {
             "failed": ("finished",),
             "all": (),
             "none": ("finished", "failed", "interrupted"),
         }
         results = (known_result(self.plan, trial) for trial in self.plan.trials)
-        return {r.trial.id: r for r in results if r.state in done[self.plan.options.rerun]}
+        told = done[self.plan.options.rerun]
+        self.done = {result.trial.id: result for result in results if result.state in told}
 
-    def _start(self, *, with_ray: bool) -> None:
-        """Start Ray, then open MLflow: nothing is written before it is sure that the plan runs."""
-        self.view.stage("starting Ray and MLflow" if with_ray else "opening MLflow")
-        # Meanwhile, because this import takes as long as Ray's start.
-        threading.Thread(target=import_module, args=("mlflow",), daemon=True).start()
-        # Torn apart, Ray would leave processes behind and MLflow a run.
-        with self.interrupts.shield():
-            try:
-                if with_ray:
-                    self.cluster.start()
-                    self.slots = self.cluster.slots()
-            finally:
-                self.interrupts.install()  # Ray puts its own handlers in the place of ours
-            sign_in(self.plan, self.leases)
-            self.recorder = Recorder.open(self.plan, self.view.say)
+    def sign_in(self) -> None:
+        sign_in(self.plan, self.leases)
 
     def _stop_file(self, trial: Trial) -> Path:
         return self.plan.store / trial.name / STOP
-
-    def _take_over(self, done: dict[str, TrialResult]) -> None:
-        for result in done.values():
-            self._tell.adopt(result.trial)
-            self._end(result)
 
     # --------------------------------------------------------------------------------- training
 
@@ -313,13 +158,8 @@ class _Run:
         # The longest first, or it would end up alone: heads cost time.
         waiting = deque(sorted(trials, key=lambda trial: -trial.detector.k))
         running: dict[Any, Trial] = {}
-        try:
+        with self.driven_by(foreman):
             self._work_off(waiting, running, foreman, slots)
-        except Interrupted:
-            with self.interrupts.shield(), suppress(ForemanLost):
-                let_save(foreman, self.plan.options.grace, self.view)
-                self._look(foreman)
-            raise
 
     def _work_off(
         self, waiting: deque[Trial], running: dict[Any, Trial], foreman: Any, slots: int
@@ -332,10 +172,9 @@ class _Run:
                     trial = waiting.popleft()
                     if self._begin(trial, elsewhere):
                         running[foreman.train.remote(trial)] = trial
-                if is_left(self.plan.folder / STOP):  # asked on another machine
-                    signal.raise_signal(signal.SIGTERM)
+                self.heed_stop_file()
                 ended = self._wait(running)
-                self._look(foreman)
+                self.look(foreman)
                 for reference in ended:
                     self._ended(running.pop(reference), reference)
 
@@ -345,9 +184,9 @@ class _Run:
         import ray
 
         if not running:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
             return []
-        ended: list[Any] = ray.wait([*running], timeout=_POLL_SECONDS)[0]
+        ended: list[Any] = ray.wait([*running], timeout=POLL_SECONDS)[0]
         return ended
 
     def _is_done_meanwhile(self, trial: Trial) -> bool:
@@ -360,12 +199,14 @@ class _Run:
         if source is not None:
             self.view.say(f"{label(trial)}: copied from {source}")
             take_over(self.plan, trial, source)
-        self._tell.adopt(trial)
+        self.tell.adopt(trial)
         self._end(known_result(self.plan, trial))
         return True
 
-    def _look(self, foreman: Any) -> None:
-        """Fetch and show what the trials have said."""
+    def lost(self, foreman: Any) -> dict[str, Lease]:  # noqa: ARG002 - they are held here
+        return self.leases.lost
+
+    def look(self, foreman: Any) -> None:
         import ray
 
         with foreman_needed():
@@ -375,8 +216,8 @@ class _Run:
             self.view.progress(by_id[identity], latest)
         for identity, history in reports.items():
             self.view.epoch(by_id[identity], history[-1])
-            self._write(keep_history, by_id[identity], history)
-            self._tell.record(by_id[identity], history)
+            self.write(keep_history, by_id[identity], history)
+            self.tell.record(by_id[identity], history)
 
     def _ended(self, trial: Trial, reference: Any) -> None:
         import ray
@@ -403,7 +244,7 @@ class _Run:
                 return False
             self._write_beginning(trial)
         except Exception as error:  # a full disk or a storage's own: this trial's, not the others'
-            self._tell.adopt(trial)
+            self.tell.adopt(trial)
             result = known_result(self.plan, trial)
             self._end(replace(result, state="failed", reason=f"cannot begin: {one_line(error)}"))
             return False
@@ -414,55 +255,39 @@ class _Run:
         self.view.progress(trial, Progress("starting"))
         if self.plan.options.rerun == "all":
             set_aside(self.plan, trial)
-            self._tell.discard(trial)
+            self.tell.discard(trial)
         note(self.plan, trial, "running")
-        self._tell.begin(trial)
+        self.tell.begin(trial)
 
     def _end(self, result: TrialResult) -> None:
         self.results[result.trial.id] = result
-        self._tell.record(result.trial, result.history)
-        self._tell.attach(result.trial, self._write(write_trial_files, result))
-        self._tell.end(result.trial, _STATUS[result.state], result.reason)
+        self.tell.record(result.trial, result.history)
+        self.tell.attach(result.trial, self.write(write_trial_files, result))
+        self.tell.end(result.trial, _STATUS[result.state], result.reason)
         if result.trial.id in self.begun:
-            self._write(note, result.trial, result.state, result.reason)
+            self.write(note, result.trial, result.state, result.reason)
         self.leases.release(result.trial.id)
         self.view.ended(result)  # the last: whoever reads it may ask for the trial at once
 
-    @property
-    def _tell(self) -> Recorder:
-        """MLflow, once it is open."""
-        assert self.recorder is not None
-        return self.recorder
-
-    def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
-        return as_far_as_possible(self.view.say, write, self.plan, *arguments)
-
     # ----------------------------------------------------------------------------------- ending
 
-    def _finish(self, interrupted: int | None) -> Outcome:
-        """End Ray, write tables and pictures, end the runs."""
+    def finish(self, interrupted: int | None) -> Outcome:
         plan = self.plan
-        if self.cluster.started:
-            self.view.stage("ending Ray")
-        failed = self._is_cut_off or any(r.state == "failed" for r in self.results.values())
-        self.cluster.stop(keep_logs=failed)
+        failed = self.is_cut_off or any(r.state == "failed" for r in self.results.values())
+        logs = self.end_ray(failed=failed)
         for trial in plan.trials:
             if trial.id not in self.results:
                 self._abandon(trial)
         results = [self.results[trial.id] for trial in plan.trials]
-        logs = self.cluster.logs if failed else None
         outcome = Outcome(results, interrupted=interrupted, logs=logs)
         self.view.stage("writing tables and pictures")
-        outcome.files = self._write(write_tables, results)
+        outcome.files = self.write(write_tables, results)
         if interrupted is None:
             from orchestrator.pictures import draw_all
 
-            outcome.files += self._write(draw_all, results)
-            outcome.files += self._write(self._analyses.write, results)
-        if self.recorder is not None:
-            patience = 10 if interrupted else 60
-            self.recorder.close(outcome.status, outcome.files, patience)
-        return outcome
+            outcome.files += self.write(draw_all, results)
+            outcome.files += self.write(self._analyses.write, results)
+        return self.close(outcome)
 
     def _abandon(self, trial: Trial) -> None:
         """A signal came before the trial's end, or its foreman's end."""

@@ -20,7 +20,7 @@ from orchestrator.remote_cli import submit_command, submits
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.runner import Outcome
+    from orchestrator.invocation import Outcome
     from orchestrator.sweep import Sweep
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from codetr.config import ConfigError
 from orchestrator.board import Progress
-from orchestrator.cluster import Cluster
 from orchestrator.console import View
-from orchestrator.files import as_far_as_possible, is_left
-from orchestrator.interrupt import Interrupted, Interrupts
-from orchestrator.jobs import ForemanLost, Loop, foreman_needed, let_save
-from orchestrator.lease import Leases
+from orchestrator.files import as_far_as_possible
+from orchestrator.interrupt import Interrupts
+from orchestrator.invocation import (
+    POLL_SECONDS,
+    Invocation,
+    Outcome,
+    only_one,
+    prepare_data,
+    prepare_storage,
+)
+from orchestrator.jobs import Loop, foreman_needed
+from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population_search import PopulationSearcher
-from orchestrator.recorder import Recorder
 from orchestrator.records import keep_history, note, sign_in
 from orchestrator.report import write_trial_files
-from orchestrator.runner import Outcome, only_one, prepare_data, prepare_storage, tell_lost
 from orchestrator.search import (
     Entry,
     Searcher,
@@ -39,9 +37,8 @@ from orchestrator.search import (
 from orchestrator.sweep import Sweep, require_same_sweep
 from orchestrator.sweep_report import Row, ranked, write_report
 from orchestrator.tracking import Status
-from orchestrator.worker import STOP, train
+from orchestrator.worker import train
 
-_POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 20.0
 _STATUS: dict[str, Status] = {
     "finished": "FINISHED",
@@ -80,74 +77,42 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
         leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=interrupts.ask)
         with only_one(sweep.folder), leases:
             require_same_sweep(sweep)
-            sign_in(sweep.plan, leases, sweep.search.model_dump(mode="json"))
-            return _SweepRun(sweep, view, loop, interrupts).outcome()
+            return _SweepRun(sweep, view, loop, interrupts, leases).outcome()
 
 
-class _SweepRun:
-    """One invocation, from the start of Ray and MLflow to the last picture."""
+class _SweepRun(Invocation):
+    """Every suggestion of a searcher."""
 
-    def __init__(self, sweep: Sweep, view: View, loop: Loop, interrupts: Interrupts) -> None:
-        self.sweep, self.view, self.loop, self.interrupts = sweep, view, loop, interrupts
-        self.cluster = Cluster(sweep.plan)
-        self.recorder: Recorder | None = None
+    def __init__(
+        self, sweep: Sweep, view: View, loop: Loop, interrupts: Interrupts, leases: Leases
+    ) -> None:
+        super().__init__(sweep.plan, view, loop, interrupts, leases)
+        self.sweep = sweep
+        self.before: list[Entry] = []
         self.trials: dict[str, Trial] = {}
         self.ended: set[str] = set()
-        self.slots = 0
-        self._is_cut_off = False
 
-    def outcome(self) -> Outcome:
-        interrupted = None
-        try:
-            before = read_ledger(self.sweep.folder)
-            try:
-                self._start(with_ray=not is_complete(self.sweep, before))
-                self._take_over(before)
-                if self.cluster.started:
-                    self._search()
-            except ForemanLost as lost:
-                self.view.say(str(lost))
-                self._is_cut_off = True
-            except Interrupted as asked:
-                interrupted = asked.exit_code
-            with self.interrupts.shield():
-                return self._finish(interrupted)
-        except BaseException as error:
-            self.cluster.stop(keep_logs=not isinstance(error, ConfigError))
-            if self.recorder is not None:
-                self.recorder.close("FAILED", [], patience=10)
-            raise
+    def take_stock(self) -> None:
+        self.before = read_ledger(self.sweep.folder)
 
-    def _start(self, *, with_ray: bool) -> None:
-        self.view.stage("starting Ray and MLflow" if with_ray else "opening MLflow")
-        threading.Thread(target=import_module, args=("mlflow",), daemon=True).start()
-        with self.interrupts.shield():
-            try:
-                if with_ray:
-                    self.cluster.start()
-                    self.slots = min(self.cluster.slots(), self.sweep.count)
-            finally:
-                self.interrupts.install()  # Ray puts its own handlers in the place of ours
-            self.recorder = Recorder.open(self.sweep.plan, self.view.say)
+    def sign_in(self) -> None:
+        sign_in(self.plan, self.leases, self.sweep.search.model_dump(mode="json"))
+
+    def work(self) -> None:
         search = self.sweep.search
+        self.start(with_ray=not is_complete(self.sweep, self.before))
         tags = {"trials": str(self.sweep.count), "searcher": search.searcher}
-        self._tell.describe(None, {**tags, "scheduler": search.scheduler})
-
-    @property
-    def _tell(self) -> Recorder:
-        """MLflow, once it is open."""
-        assert self.recorder is not None
-        return self.recorder
-
-    def _write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
-        return as_far_as_possible(self.view.say, write, self.sweep.plan, *arguments)
+        self.tell.describe(None, {**tags, "scheduler": search.scheduler})
+        self._take_over(self.before)
+        if self.cluster.started:
+            self._search()
 
     def _take_over(self, before: list[Entry]) -> None:
         # Other suggestions that stand for the same trial have no run of their own.
         first = {entry.trial: entry.tune_id for entry in reversed(before)}
         for entry in before:
             if is_done(entry) and first[entry.trial] == entry.tune_id:
-                self._tell.adopt(self._trial(entry))
+                self.tell.adopt(self._trial(entry))
                 self._end(entry)
 
     def _trial(self, entry: Entry) -> Trial:
@@ -160,50 +125,48 @@ class _SweepRun:
     def _search(self) -> None:
         import ray
 
+        slots, count = min(self.slots, self.sweep.count), self.sweep.count
         with self.interrupts.shield():  # Ray's calls cannot bear an exception in their middle
             kind = PopulationSearcher if self.sweep.is_population else Searcher
-            searcher = start_searcher(kind, self.sweep, self.loop, self.slots)
+            searcher = start_searcher(kind, self.sweep, self.loop, slots)
             search = searcher.search.remote()
         search_text = f"{self.sweep.search.searcher}, {self.sweep.search.scheduler}"
-        count = self.sweep.count
         what = f"a population of {count}" if self.sweep.is_population else f"{count} suggestions"
-        self.view.stage(f"searching {what} ({search_text}), {self.slots} at a time")
+        self.view.stage(f"searching {what} ({search_text}), {slots} at a time")
         over = False
-        try:
+        with self.driven_by(searcher):
             while not over:
                 with self.interrupts.shield():
-                    over = bool(ray.wait([search], timeout=_POLL_SECONDS)[0])
-                    if is_left(self.sweep.folder / STOP):  # asked on another machine
-                        signal.raise_signal(signal.SIGTERM)
-                    self._look(searcher)
-        except Interrupted:
-            with self.interrupts.shield(), suppress(ForemanLost):
-                let_save(searcher, self.sweep.plan.options.grace, self.view)
-                self._look(searcher)
-                with foreman_needed():
-                    tell_lost(ray.get(searcher.lost.remote()), self.view)
-            raise
+                    over = bool(ray.wait([search], timeout=POLL_SECONDS)[0])
+                    self.heed_stop_file()
+                    self.look(searcher)
         with foreman_needed():
             ray.get(search)  # raises what Tune itself has raised
         # Tune's last words on its trials are on their way to the searcher when it returns.
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while self._open_entries() and time.monotonic() < deadline:
             with self.interrupts.shield():
-                self._look(searcher)
-            time.sleep(_POLL_SECONDS)
+                self.look(searcher)
+            time.sleep(POLL_SECONDS)
         with self.interrupts.shield():
-            self._look(searcher)
+            self.look(searcher)
 
     def _open_entries(self) -> bool:
         return any(entry.state == "open" for entry in read_ledger(self.sweep.folder))
 
-    def _look(self, searcher: Any) -> None:
-        """Fetch, show and record what the trials have said."""
+    def lost(self, foreman: Any) -> dict[str, Lease]:
         import ray
 
         with foreman_needed():
-            entries: list[Entry] = ray.get(searcher.fetch_entries.remote())
-            progress, reports = ray.get(searcher.fetch.remote())
+            lost: dict[str, Lease] = ray.get(foreman.lost.remote())
+        return lost
+
+    def look(self, foreman: Any) -> None:
+        import ray
+
+        with foreman_needed():
+            entries: list[Entry] = ray.get(foreman.fetch_entries.remote())
+            progress, reports = ray.get(foreman.fetch.remote())
         for entry in entries:
             if entry.state == "open":
                 self._begin(entry)
@@ -213,8 +176,8 @@ class _SweepRun:
         for identity, history in reports.items():
             if identity not in self.ended:
                 self.view.epoch(self.trials[identity], history[-1])
-                self._write(keep_history, self.trials[identity], history)
-                self._tell.record(self.trials[identity], history)
+                self.write(keep_history, self.trials[identity], history)
+                self.tell.record(self.trials[identity], history)
         for entry in entries:
             if entry.state != "open":
                 self._end(entry)
@@ -222,10 +185,10 @@ class _SweepRun:
     def _begin(self, entry: Entry) -> None:
         trial = self._trial(entry)
         self.ended.discard(trial.id)  # Tune was killed before it had written down that it had
-        self._write(note, trial, "running")
+        self.write(note, trial, "running")
         self.view.progress(trial, Progress("starting"))
-        self._tell.begin(trial)
-        self._tell.describe(trial, suggestion_tags(entry))
+        self.tell.begin(trial)
+        self.tell.describe(trial, suggestion_tags(entry))
 
     def _end(self, entry: Entry) -> None:
         trial = self._trial(entry)
@@ -233,23 +196,20 @@ class _SweepRun:
             return
         self.ended.add(trial.id)
         result = sweep_result(self.sweep, entry)
-        self._write(note, trial, result.state, result.reason)
-        self._tell.record(trial, result.history)
-        self._tell.attach(trial, self._write(write_trial_files, result))
+        self.write(note, trial, result.state, result.reason)
+        self.tell.record(trial, result.history)
+        self.tell.attach(trial, self.write(write_trial_files, result))
         reason = entry.reason if entry.state == "failed" else None
-        self._tell.end(trial, _STATUS[entry.state], reason)
-        self._tell.describe(trial, {"stop_reason": stop_reason(entry)})
+        self.tell.end(trial, _STATUS[entry.state], reason)
+        self.tell.describe(trial, {"stop_reason": stop_reason(entry)})
         self.view.ended(result)
 
     # ----------------------------------------------------------------------------------- ending
 
-    def _finish(self, interrupted: int | None) -> Outcome:
-        """End Ray, write tables and pictures, end the runs."""
-        if self.cluster.started:
-            self.view.stage("ending Ray")
+    def finish(self, interrupted: int | None) -> Outcome:
         entries = read_ledger(self.sweep.folder)
-        failed = self._is_cut_off or any(entry.state == "failed" for entry in entries)
-        self.cluster.stop(keep_logs=failed)
+        failed = self.is_cut_off or any(entry.state == "failed" for entry in entries)
+        logs = self.end_ray(failed=failed)
         for entry in entries:
             # Cut off, or ended after the last look at the searcher.
             if entry.trial in self.trials:
@@ -257,23 +217,17 @@ class _SweepRun:
         self.view.stage("writing tables and pictures")
         rows = ranked(self.sweep, entries)
         files = as_far_as_possible(self.view.say, write_report, self.sweep, rows)
-        outcome = SweepOutcome(
-            [row.result for row in rows],
-            files,
-            interrupted,
-            self.cluster.logs if failed else None,
-            complete=is_complete(self.sweep, entries),
-        )
+        complete = is_complete(self.sweep, entries)
+        results = [row.result for row in rows]
+        outcome = SweepOutcome(results, files, interrupted, logs, complete=complete)
         if self.recorder is not None:
             self._rank(rows)
-            patience = 10 if interrupted else 60
-            self.recorder.close(outcome.status, outcome.files, patience)
-        return outcome
+        return self.close(outcome)
 
     def _rank(self, rows: list[Row]) -> None:
         for row in rows:
             if row.rank is not None and row.entry.trial in self.trials and row.is_first:
-                self._tell.describe(self._trial(row.entry), {"rank": str(row.rank)})
+                self.tell.describe(self._trial(row.entry), {"rank": str(row.rank)})
 
 
 def suggestion_tags(entry: Entry) -> dict[str, str]:

@@ -8,11 +8,12 @@ from codetr.config import ConfigError
 from codetr.data import DataError
 from orchestrator.cluster import _require_answer
 from orchestrator.interrupt import Interrupts
+from orchestrator.invocation import Outcome, only_one, prepare_data
 from orchestrator.jobs import ForemanLost, failure_text, foreman_needed, result_on_disk
 from orchestrator.lease import Leases
 from orchestrator.records import note
 from orchestrator.results import TrialResult
-from orchestrator.runner import Outcome, _Run, only_one, prepare_data
+from orchestrator.runner import _Run
 from orchestrator.search import train_leased
 from orchestrator.share import share
 from orchestrator.worker import train
@@ -142,7 +143,8 @@ def test_a_storage_that_is_away_fails_a_trial_with_its_reason_and_not_the_run(tm
     first, second, third = plan.trials
     for trial in (first, second):
         run._write_beginning(trial)
-    assert run._done_before() == {}
+    run.take_stock()
+    assert run.done == {}
     run._ended(first, None)
     run._abandon(second)
     (plan.store / third.name).write_text("no folder can be here")

@@ -13,7 +13,7 @@ def test_each_trial_is_taken_over_once_by_its_first_suggestion():
     entries = [Entry(n, t, {}, trial, state) for n, (t, trial, state) in enumerate(states, 1)]
     ended: list[str] = []
     run = SimpleNamespace(
-        _tell=SimpleNamespace(adopt=lambda _: None),
+        tell=SimpleNamespace(adopt=lambda _: None),
         _trial=lambda entry: entry.trial,
         _end=lambda entry: ended.append(entry.tune_id),
     )
