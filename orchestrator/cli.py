@@ -12,12 +12,20 @@ import typer
 
 from orchestrator import analyze_cli, control_cli, sweep_cli, zoo_cli
 from orchestrator.options import (
+    AddressOption,
     AnalyzeOption,
+    DataOption,
     DetachOption,
+    DryRunOption,
     GpusPerWorkerOption,
     GraceOption,
+    NameOption,
+    NeededDataOption,
+    OutputOption,
+    ProfileOption,
     SkipBadOption,
     StorageOption,
+    TrackingOption,
     WorkersOption,
 )
 from orchestrator.remote_cli import cluster_app, job_app, submit_command, submits
@@ -37,13 +45,6 @@ app.command()(sweep_cli.sweep)
 app.command()(analyze_cli.analyze)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(job_app, name="job")
-
-OutputOption = Annotated[
-    Path, typer.Option("--output", help="Folder for everything that runs write.")
-]
-DataOption = Annotated[
-    str, typer.Option("--data", help="Folder in COCO layout, or digits, or digits-lvis.")
-]
 
 
 def main() -> NoReturn:
@@ -102,14 +103,8 @@ def _options(
 def run(
     experiment: Annotated[str, typer.Argument(help="Name ('codetr experiments') or YAML file.")],
     *,
-    profile: Annotated[
-        Literal["laptop", "paper"] | None,
-        typer.Option(help="Its size. Default: laptop, or paper with a GPU and --data."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Folder in COCO layout, or digits, or digits-lvis."),
-    ] = None,
+    profile: ProfileOption = None,
+    data: DataOption = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of every arm, as 0,1,2.")] = None,
     workers: WorkersOption = None,
     gpus_per_worker: GpusPerWorkerOption = None,
@@ -121,21 +116,11 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as lambda_1=0.5."),
     ] = None,
     skip_bad: SkipBadOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of folder and MLflow experiment."),
-    ] = None,
+    dry_run: DryRunOption = False,
+    name: NameOption = None,
     output: OutputOption = Path("runs"),
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database. Default: OUTPUT/mlflow.db.")
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
-    ] = None,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
     rerun: Annotated[
         Literal["failed", "all", "none"],
         typer.Option(help="Of what was started before: go on with the failed, all anew, none."),
@@ -374,7 +359,7 @@ PrecisionOption = Annotated[
 def evaluate(
     checkpoint: CheckpointArgument,
     *,
-    data: DataOption,
+    data: NeededDataOption,
     branch: BranchOption = "query",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images at a time, where they have one size.")

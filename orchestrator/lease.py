@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,46 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-import psutil
 from filelock import FileLock
+
+from orchestrator.owner import Owner
 
 FOLDER = ".leases"
 HEARTBEAT_SECONDS = 10.0
 LAPSE_SECONDS = 120.0
 """Longer than a file server's hiccups; what a machine that died costs those who wait for it."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process: host, number, and starting time, for numbers come again."""
-
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def this(cls) -> Owner:
-        process = psutil.Process()
-        return cls(socket.gethostname(), process.pid, process.create_time())
-
-    @property
-    def is_local(self) -> bool:
-        return self.host == socket.gethostname()
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it ran on this machine and does no longer."""
-        if not self.is_local:
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 2
-            return not same or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def __str__(self) -> str:
-        return f"{self.host}, process {self.pid}"
 
 
 @dataclass(frozen=True)

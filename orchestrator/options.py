@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +12,32 @@ JOBS_PORT = 8265
 
 JOBS_API = f"http://127.0.0.1:{JOBS_PORT}"
 
+ProfileOption = Annotated[
+    Literal["laptop", "paper"] | None,
+    typer.Option(help="Its size. Default: laptop, or paper with a GPU and --data."),
+]
+DataOption = Annotated[
+    str | None, typer.Option(help="Folder in COCO layout, or digits, or digits-lvis.")
+]
+NeededDataOption = Annotated[
+    str, typer.Option("--data", help="Folder in COCO layout, or digits, or digits-lvis.")
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of folder and MLflow experiment.")
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", help="Folder for everything that runs write.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option(help="MLflow server or database. Default: OUTPUT/mlflow.db.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be trained, and start nothing.")
+]
 WorkersOption = Annotated[
     str | None,
     typer.Option(

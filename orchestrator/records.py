@@ -20,7 +20,8 @@ from codetr.config import ConfigError, parse, read_yaml
 from orchestrator.board import Epoch, History
 from orchestrator.experiment import Experiment
 from orchestrator.files import not_writable, write_whole
-from orchestrator.lease import Lease, Leases, Owner, holder
+from orchestrator.lease import Lease, Leases, holder
+from orchestrator.owner import Owner
 from orchestrator.plan import Options, Plan, Trial
 from orchestrator.results import RunningState
 from orchestrator.tracking import configuration, flatten

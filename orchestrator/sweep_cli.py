@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator.options import (
+    AddressOption,
+    DataOption,
     DetachOption,
+    DryRunOption,
     GpusPerWorkerOption,
     GraceOption,
+    NameOption,
+    OutputOption,
+    ProfileOption,
     SkipBadOption,
     StorageOption,
+    TrackingOption,
     WorkersOption,
 )
 from orchestrator.remote_cli import submit_command, submits
@@ -64,13 +71,8 @@ def sweep(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of every trial and of what is drawn.")
     ] = None,
-    profile: Annotated[
-        Literal["laptop", "paper"] | None,
-        typer.Option(help="Its size. Default: laptop, or paper with a GPU and --data."),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder in COCO layout, or digits, or digits-lvis.")
-    ] = None,
+    profile: ProfileOption = None,
+    data: DataOption = None,
     workers: WorkersOption = None,
     gpus_per_worker: GpusPerWorkerOption = None,
     set_: Annotated[
@@ -78,22 +80,11 @@ def sweep(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of all trials, as epochs=4."),
     ] = None,
     skip_bad: SkipBadOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be searched, and start nothing.")
-    ] = False,
-    name_option: Annotated[
-        str | None, typer.Option("--name", help="Name of folder and MLflow experiment.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for everything that runs write.")] = Path(
-        "runs"
-    ),
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database. Default: OUTPUT/mlflow.db.")
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: one on this machine."),
-    ] = None,
+    dry_run: DryRunOption = False,
+    name_option: NameOption = None,
+    output: OutputOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
     storage: StorageOption = None,
     grace: GraceOption = 30.0,
     detach: DetachOption = False,

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import random
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-import psutil
 from filelock import FileLock
 
 import codetr
 from codetr.config import ConfigError
 from orchestrator.board import Epoch
+from orchestrator.owner import Owner
 from orchestrator.plan import Plan, Trial
 from orchestrator.wording import one_line, without_secrets
 
@@ -148,7 +147,7 @@ class Tracker:
         everywhere = [e.experiment_id for e in client.search_experiments()]
         for run in client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
             owner = run.data.tags.get("codetr.owner")
-            if owner is not None and _is_dead(owner):
+            if owner is not None and Owner.of_tag(owner).is_gone:
                 client.set_terminated(run.info.run_id, "KILLED")
 
     @property
@@ -157,7 +156,7 @@ class Tracker:
         plan = self.plan
         return {
             "mlflow.note.content": plan.experiment.question,
-            "codetr.owner": _owner(),
+            "codetr.owner": Owner.this().tag,
             "experiment": plan.experiment.name,
             "profile": plan.profile,
             "git_revision": git_revision(),
@@ -183,7 +182,7 @@ class Tracker:
         )
         run_id = str(run.info.run_id)
         self._runs[invocation] = run_id
-        if _is_dead(tags["codetr.owner"]):  # before it could tell of its beginning
+        if Owner.of_tag(tags["codetr.owner"]).is_gone:  # before it could tell of its beginning
             self.client.set_terminated(run_id, "KILLED", end_time=int(1000 * at))
         return run_id
 
@@ -228,7 +227,10 @@ class Tracker:
     def adopt(self, trial: Trial) -> None:
         """Put the trial's run beneath this invocation, in whatever state it is."""
         run_id = self._run(trial)
-        for key, value in {"mlflow.parentRunId": self.parent, "codetr.owner": _owner()}.items():
+        for key, value in {
+            "mlflow.parentRunId": self.parent,
+            "codetr.owner": Owner.this().tag,
+        }.items():
             self.client.set_tag(run_id, key, value)
 
     def _found(self, trial: Trial) -> list[Any]:
@@ -408,20 +410,3 @@ def revision_of(root: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _owner() -> str:
-    """Which process a run belongs to: host, number and starting time, for numbers come again."""
-    process = psutil.Process()
-    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether that process ran on this machine and is gone."""
-    host, pid, started = owner.rsplit(" ", 2)
-    if host != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 2
-    except psutil.NoSuchProcess:
-        return True

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.files import write_whole
-from orchestrator.lease import LAPSE_SECONDS, Lease, Leases, Owner, has_lapsed, holder
+from orchestrator.lease import LAPSE_SECONDS, Lease, Leases, has_lapsed, holder
+from orchestrator.owner import Owner
 
 RACE = """
 import sys

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 from trial_samples import sample_epoch, sample_plan, sample_results
 
+from orchestrator.owner import Owner
 from orchestrator.report import write_tables
 from orchestrator.tracking import (
     PARAM_LENGTH,
     Tracker,
     TrackingError,
-    _is_dead,
-    _owner,
     configuration,
     flatten,
 )
@@ -143,7 +142,7 @@ def test_runs_of_a_dead_process_are_closed(plan):
     for trial in plan.trials[:2]:
         tracker.begin(trial)
     dead = subprocess.run(
-        [sys.executable, "-c", "from orchestrator.tracking import _owner; print(_owner())"],
+        [sys.executable, "-c", "from orchestrator.owner import Owner; print(Owner.this().tag)"],
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     tracker.client.set_tag(tracker._runs[plan.trials[0].id], "codetr.owner", dead)
@@ -154,10 +153,10 @@ def test_runs_of_a_dead_process_are_closed(plan):
 
 
 def test_owners():
-    assert not _is_dead(_owner())
-    host, pid, started = _owner().rsplit(" ", 2)
-    assert _is_dead(f"{host} {pid} {int(started) - 1000}")  # its number was given to another
-    assert not _is_dead(f"elsewhere {pid} 0")  # not ours to judge
+    me = Owner.this()
+    assert not Owner.of_tag(me.tag).is_gone
+    assert replace(me, started=me.started - 1000).is_gone  # its number was given to another
+    assert not replace(me, host="elsewhere", started=0).is_gone  # not ours to judge
 
 
 @pytest.mark.parametrize("uri", ["nonsense://host/db", "http://127.0.0.1:9/"])
