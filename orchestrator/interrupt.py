@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -32,6 +33,8 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._asking = threading.Lock()
+        self._is_asked = False
         self._shielded = False
         self._previous: dict[int, object] = {}
 
@@ -66,9 +69,11 @@ class Interrupts:
             raise Interrupted(self.received)
 
     def ask(self) -> None:
-        """End the run in order, from another thread; never at once."""
-        if self.received is None:
-            os.kill(os.getpid(), signal.SIGTERM)
+        """End the run in order, from any thread; never at once, however many ask."""
+        with self._asking:
+            if self.received is None and not self._is_asked:
+                self._is_asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self.received is not None:

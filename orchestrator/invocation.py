@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -243,7 +242,7 @@ class Invocation(ABC):
     def heed_stop_file(self) -> None:
         """Be interrupted by ``codetr stop`` on another machine, as by a signal on this one."""
         if is_left(self.plan.folder / STOP):
-            signal.raise_signal(signal.SIGTERM)
+            self.interrupts.ask()
 
     def end_ray(self, *, failed: bool) -> Path | None:
         """Returns where its logs are, which are kept where something has failed."""

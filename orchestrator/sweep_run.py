@@ -158,8 +158,8 @@ class _SweepRun(Invocation):
         import ray
 
         with foreman_needed():
-            lost: dict[str, Lease] = ray.get(foreman.lost.remote())
-        return lost
+            trials: dict[str, Lease] = ray.get(foreman.lost.remote())
+        return self.leases.lost | trials
 
     def look(self, foreman: Any) -> None:
         import ray

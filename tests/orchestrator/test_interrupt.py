@@ -49,6 +49,15 @@ def test_who_asks_from_within_ends_it_in_order_and_never_at_once():
     assert done.returncode == 143
 
 
+def test_many_who_ask_before_the_main_thread_hears_of_it_are_one(monkeypatch):
+    sent = []
+    monkeypatch.setattr("os.kill", lambda _, signum: sent.append(signum))  # on its way
+    interrupts = Interrupts()
+    for _ in range(3):
+        interrupts.ask()
+    assert sent == [signal.SIGTERM]
+
+
 def test_a_shield_holds_the_signal_back_until_its_end():
     body = (
         "shield = interrupts.shield(); shield.__enter__(); print('ready', flush=True); "

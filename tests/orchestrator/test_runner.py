@@ -1,3 +1,4 @@
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from orchestrator.results import TrialResult
 from orchestrator.runner import _Run
 from orchestrator.search import train_leased
 from orchestrator.share import share
-from orchestrator.worker import train
+from orchestrator.worker import STOP, train
 
 
 class Silent:
@@ -174,6 +175,21 @@ def test_nor_the_sweep(tmp_path, monkeypatch, fails):
     searcher = SimpleNamespace(acquire=Acquire)
     reason = train_leased(SimpleNamespace(plan=plan), trial, searcher, train)
     assert reason.endswith("TimeoutError: the read timed out")
+
+
+def test_asked_to_stop_on_another_machine_while_a_signal_is_held_back(tmp_path):
+    """Both are one request to end in order: a second signal would end all at once."""
+    plan = sample_plan(tmp_path)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / STOP).touch()
+    with Interrupts() as interrupts:
+        run = _Run(plan, Silent(), train, interrupts, Leases(tmp_path, plan.name))
+        with interrupts.shield():
+            run.heed_stop_file()
+            run.heed_stop_file()
+            interrupts.ask()
+            interrupts.received, received = None, interrupts.received  # or it would be raised here
+    assert received == signal.SIGTERM
 
 
 def test_the_end_of_the_foreman_is_told_in_one_line():
