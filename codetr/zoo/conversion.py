@@ -36,6 +36,9 @@ DROPPED = {
 }
 """Names that have no place in our detector, and why."""
 
+_HASH = re.compile(r"-[0-9a-f]{8}$")
+"""At the end of the names that MMDetection gives to files which it hosts."""
+
 LISTED = 20
 """Names that an error lists of each kind."""
 
@@ -139,7 +142,8 @@ def _recognised(shapes: Shapes, file_name: str) -> tuple[DetectorConfig, list[En
     read = recognise(shapes)
     fits = fitting(read)
     released = [fit for fit in fits if fit.official]
-    fits = [fit for fit in released if file_name in fit.official] or released or fits
+    named = _HASH.sub("", file_name)
+    fits = [fit for fit in released if named in fit.official] or released or fits
     if not fits:
         return read, []
     return fits[0].config.model_copy(update={"num_classes": read.num_classes}), fits
