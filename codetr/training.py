@@ -49,6 +49,7 @@ from codetr.randomness import (
     restore_generators,
     seed_everything,
 )
+from codetr.sampling import with_seeds
 from codetr.start import Start, load_start
 from codetr.structures import Detections, ImageBatch, LossOutput, Targets
 from codetr.weights import load_weights
@@ -410,6 +411,7 @@ def compute_gradients(
     state: TrainingState, batch: ImageBatch, targets: list[Targets]
 ) -> LossOutput:
     """The losses of this rank's share of a batch; their gradients are added to the parameters'."""
+    targets = with_seeds(targets)  # now: what is computed in parts is computed twice
     parts = _parts(batch, targets, state.parts)
     if len(parts) == 1:
         return _backward(state, parts[0])

@@ -28,6 +28,7 @@ from codetr.training import (
     autocast,
     build_optimizer,
     build_schedule,
+    compute_gradients,
     evaluate,
     limit_threads,
     parallelise,
@@ -192,6 +193,23 @@ def test_report_means_and_progress():
     assert all(s.images_per_second > 0 for s in steps)
     left = [s.seconds_left * s.images_per_second / 4 for s in steps]  # in steps
     assert left == pytest.approx([7, 6, 5, 4])
+
+
+def test_what_is_computed_in_parts_draws_the_same_twice():
+    """Once to count over the whole batch, once for its gradients."""
+
+    class Remembers(TwoTerms):
+        def forward(self, batch, targets):
+            seen.append([target.seed for target in targets])
+            return super().forward(batch, targets)
+
+    seen = []
+    images, targets = tiny_batch([1, 2, 3, 4], [1, 1, 1, 1])
+    state = state_of(Remembers(*[1.0] * 4), tiny_training(accumulate=2))
+    state.parts = 2
+    compute_gradients(state, images, [replace(target, seed=None) for target in targets])
+    assert seen[:2] == seen[2:]
+    assert None not in seen[0]
 
 
 def test_gradients_are_clipped():
