@@ -135,9 +135,15 @@ def extremes(measurements: Sequence[Measurement], name: str, form: str = ".3f") 
     return largest_and_smallest(found, form)
 
 
-def largest_and_smallest(found: Mapping[str, Sequence[float]], form: str) -> str:
+def largest_and_smallest(
+    found: Mapping[str, Sequence[float]], form: str, of_each: str = "seeds"
+) -> str:
     """``largest with K=1 (0.701), smallest with K=0 (0.612)``: of the means of several groups; how
-    sure that order is, by whether the values of one lie among the other's."""
+    sure that order is, by whether the values of one lie among the other's.
+
+    Args:
+        of_each: what a group's values are of.
+    """
     known = {group: values for group, values in found.items() if values}
     if len(known) < 2:
         return ", ".join(f"{fmean(v):{form}} with {g}" for g, v in known.items()) or "undefined"
@@ -149,4 +155,4 @@ def largest_and_smallest(found: Mapping[str, Sequence[float]], form: str) -> str
         for word, group in (("largest", most), ("smallest", least))
     )
     overlap = min(known[most]) <= max(known[least])
-    return f"{text}, whose seeds overlap" if overlap else text
+    return f"{text}, whose {of_each} overlap" if overlap else text

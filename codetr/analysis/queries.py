@@ -165,6 +165,7 @@ class Queries(Analysis):
         theirs = paper.get("defaults", {}).get("positive_queries_per_gt", {})
         given = {head: _of_head(measurements, f"positives_per_object/{head}") for head in heads}
         near, far = (_span(measurements, heads, f"distance_{kind}") for kind in KINDS)
+        by_head = largest_and_smallest(given, ".1f", "detectors")
         ratios = " and ".join(f"{n} ({head})" for head, n in theirs.items())
         per_object = (
             ratios and f" {ratios} positives for each object on COCO (supplementary A), and"
@@ -172,9 +173,8 @@ class Queries(Analysis):
         page = write_page(
             folder / f"{cls.name}.md",
             "Where positive queries lie",
-            seen="The number of positives that an object is given is "
-            f"{largest_and_smallest(given, '.1f')}; they lie {near} of the diagonal from the "
-            f"matched queries and {far} from the others.",
+            seen=f"The number of positives that an object is given is {by_head}; they lie {near} "
+            f"of the diagonal from the matched queries and {far} from the others.",
             paper=PAPER.format(per_object=per_object),
             about=images_of(measurements),
             blocks=[

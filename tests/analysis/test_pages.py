@@ -16,6 +16,7 @@ from codetr.analysis.iof_iob import GRID, IofIob
 from codetr.analysis.page import (
     extremes,
     first_of,
+    largest_and_smallest,
     mean_and_range,
     number_table,
     seeds_of,
@@ -47,6 +48,9 @@ def test_numbers_of_several_seeds() -> None:
     assert extremes([THREE[0], replace(THREE[0], group="K=1")], "x") == "0.500 with each"
     overlapping = [*THREE[:2], measured("K=1", 0, x=0.5)]
     assert extremes(overlapping, "x").endswith("smallest with K=0 (0.375), whose seeds overlap")
+    of_detectors = {"atss": [8.5, 9.5], "paa": [9.0, 10.0]}
+    text = largest_and_smallest(of_detectors, ".1f", "detectors")
+    assert text == "largest with paa (9.5), smallest with atss (9.0), whose detectors overlap"
 
 
 def test_a_number_that_a_seed_lacks_has_no_mean() -> None:
