@@ -54,8 +54,19 @@ def roi_align(
     Raises:
         ValueError: a region reads a map that is none.
     """
-    if regions.device.type == "cpu":
-        return RegionFeatures(*_RoiAlign.apply(regions, levels, size, strides, *maps))
+    align = _with_our_gradient if regions.device.type == "cpu" else _level_by_level
+    return align(maps, regions, levels, size, strides)
+
+
+def _with_our_gradient(
+    maps: Sequence[Tensor], regions: Tensor, levels: Tensor, size: int, strides: Sequence[int]
+) -> RegionFeatures:
+    return RegionFeatures(*_RoiAlign.apply(regions, levels, size, strides, *maps))
+
+
+def _level_by_level(
+    maps: Sequence[Tensor], regions: Tensor, levels: Tensor, size: int, strides: Sequence[int]
+) -> RegionFeatures:
     readers = _readers(levels, len(maps))
     of_maps = [
         _of_torchvision(feature, _Read(regions[index], size, 1 / stride))

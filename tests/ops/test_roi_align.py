@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import roi_align as of_torchvision
 
-from codetr.ops.roi_align import roi_align
+from codetr.ops.roi_align import _level_by_level, roi_align
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,6 +39,8 @@ def test_values_and_gradients_are_torchvisions(
     cells = by_torchvision(maps, regions, levels, size)
     theirs = (cells, cells.mean((2, 3)))
     torch.testing.assert_close(tuple(ours), theirs)
+    on_a_gpu = _level_by_level(maps, regions, levels, size, (8, 16))
+    torch.testing.assert_close(tuple(on_a_gpu), theirs)
 
     weights = [torch.randn(of.shape, generator=draw) for of in theirs]
     with mock.patch("codetr.ops.roi_align._LARGEST_MAP", largest):
