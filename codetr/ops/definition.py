@@ -25,10 +25,15 @@ LEFT_OUT = -2.0
 """Where samples beyond the upper or left edge are moved to: no corner of theirs is in the map."""
 
 
+def _is_empty(locations: Tensor, value: Tensor) -> bool:
+    """Whether there is nothing to sample, or nothing to sample of."""
+    return not (locations.numel() and value.shape[-1])
+
+
 def attend(value: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor) -> Tensor:
     """As of ``codetr.ops.deformable_attention``, without gradients."""
     batch, queries, heads = locations.shape[:3]
-    if not locations.numel():
+    if _is_empty(locations, value):
         return value.new_zeros(batch, queries, heads * value.shape[-1])
     frames = _Frames.around(shapes, value)
     samples = _Samples.at(locations, weights, frames)
@@ -55,7 +60,7 @@ def gradients(
 
     Adds up in an order that depends on the inputs alone, on every device.
     """
-    if not locations.numel():
+    if _is_empty(locations, value):
         of_value = torch.zeros_like(value) if with_value else None
         return of_value, torch.zeros_like(locations), torch.zeros_like(weights)
     frames = _Frames.around(shapes, value)
@@ -74,7 +79,7 @@ def gradient_of_value(
     grad: Tensor, value: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor
 ) -> Tensor:
     """The first of :func:`gradients` alone."""
-    if not locations.numel():
+    if _is_empty(locations, value):
         return torch.zeros_like(value)
     frames = _Frames.around(shapes, value)
     samples = _Samples.at(locations, weights, frames)

@@ -220,6 +220,15 @@ def test_empty_batch() -> None:
     assert [t.grad.shape for t in inputs] == [t.shape for t in inputs]
 
 
+def test_no_channels() -> None:
+    value, locations, weights = example([(2, 2)], heads=1, points=1, channels=0)
+    inputs = [t.clone().requires_grad_() for t in (value, locations, weights)]
+    result = deformable_attention(inputs[0], [(2, 2)], *inputs[1:])
+    assert result.shape == (2, 3, 0)
+    result.sum().backward()
+    assert not any(t.grad.any() for t in inputs)
+
+
 @pytest.mark.parametrize("queries", [0, 1])
 def test_no_queries(queries: int) -> None:
     value, locations, weights = example([(2, 2)], heads=1, points=1, channels=3)
