@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ settings.load_profile("default")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+QUIET = ("analysed_run", "load", "secrets", "storage", "token")
+"""Files of tests/e2e in which nobody is stopped or killed at a certain moment: Ray may be slow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray comes first: see the scheduler."""
     items.sort(key=lambda item: not _starts_ray(item.nodeid))
@@ -25,13 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``pytest -n 2``, as `make test` runs them, tests that start Ray come one after the
-    other in one process: they mostly wait for others to start. The second process goes through all
-    the rest, file by file."""
+    other, those that bear another Ray beside them in one process and the others in the other: they
+    mostly wait for others to start. Whoever is through with them takes the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class RayApart(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "with Ray" if _starts_ray(nodeid) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            if not _starts_ray(file):
+                return file
+            return "quiet" if Path(file).stem.removeprefix("test_") in QUIET else "with Ray"
 
     return RayApart(config, log)
 
