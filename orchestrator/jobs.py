@@ -99,6 +99,15 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
+class Fault(str):
+    """Why a trial has failed, where its training has not said so itself: a dead worker, a full disk
+    or a storage that is away say nothing of the trial's settings."""
+
+
+class Halted(RuntimeError):  # noqa: N818 - of the run's making, like Interrupted
+    """What drives the trials has ended in order; the text says why, and what to do."""
+
+
 class ForemanLost(Exception):  # noqa: N818 - of the run's making, like Interrupted
     """What drives the trials has ended before they have; the text says why, and what to do."""
 
@@ -118,6 +127,8 @@ def foreman_needed() -> Iterator[None]:
     except ray.exceptions.RayActorError as error:
         raise ForemanLost(f"the process that drives the trials has died: {go_on}") from error
     except ray.exceptions.RayTaskError as error:
+        if isinstance(_cause(error), Halted):
+            raise ForemanLost(str(_cause(error))) from error
         raise ForemanLost(f"what drives the trials: {failure_text(error)}: {go_on}") from error
 
 
@@ -158,7 +169,7 @@ def fit(
         until: the epoch after which it ends; default the trial's last.
 
     Returns:
-        Why it failed; None if it did not.
+        Why it failed, as a :class:`Fault` if not by its training's own word; None if it did not.
     """
     import ray
 
@@ -200,7 +211,7 @@ def _fit(
         before, reached = reached, ray.get(board.step.remote(trial.id))
         attempts = ATTEMPTS - 1 if reached > before else attempts - 1
         if not attempts or _is_final(failure):
-            return failure_text(failure)
+            return Fault(failure_text(failure))
 
 
 def _wait_for_room(plan: Plan, trial: Trial, board: Any) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from orchestrator.files import read_json, write_whole
-from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
+from orchestrator.jobs import Fault, Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population import Turn
@@ -403,7 +403,8 @@ def train_leased(
     callbacks: Sequence[Any] = (),
     until: int | None = None,
 ) -> str | None:
-    """Train the trial unless it is trained, once no other invocation does; returns why it failed.
+    """Train the trial unless it is trained, once no other invocation does; returns what
+    :func:`orchestrator.jobs.fit` does.
 
     Args:
         searcher: as actor handle.
@@ -417,10 +418,10 @@ def train_leased(
             return None
         reason = fit(sweep.plan, trial, searcher, loop, callbacks=callbacks, until=until)
     except Exception as error:  # Ray's or the storage's: one trial's failure, not the sweep's
-        return failure_text(error)
+        return Fault(failure_text(error))
     result = result_on_disk(sweep.plan, trial)
     if reason is None and len(result.history) < until:
-        return result.reason or f"ended after {len(result.history)} epochs"
+        return Fault(result.reason or f"ended after {len(result.history)} epochs")
     return reason
 
 
