@@ -28,6 +28,10 @@ POPULATION = "population.json"
 """In the sweep's folder: its members, and the epoch after which they have exchanged last."""
 
 _POLL_SECONDS = 0.5
+_ADVICE = (
+    "remove it: the exchanges are made again, from what the trials have measured, and what is "
+    "trained is not trained again; or give --name"
+)
 
 
 class PopulationSearcher(Searcher):
@@ -225,7 +229,7 @@ def read_population(folder: Path) -> tuple[int, list[Member]] | None:
     file = folder / POPULATION
     if not file.exists():
         return None
-    content = read_json(file)
+    content = read_json(file, _ADVICE)
     members = [
         Member(**{**row, "turns": tuple(Turn(**turn) for turn in row["turns"])})
         for row in content["members"]

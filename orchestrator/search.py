@@ -30,6 +30,10 @@ LEDGER = "suggestions.json"
 """In the sweep's folder: every suggestion that was made, and what came of it."""
 
 _TUNE_FOLDER = "tune"
+_ADVICE = (
+    f"remove it, and {_TUNE_FOLDER}/ beside it if there is one: the search begins again, and what "
+    "is trained is not trained again; or give --name"
+)
 _EPOCH = "epoch"
 _POLL_SECONDS = 0.5
 _LEASE_POLL_SECONDS = 2.0
@@ -98,7 +102,7 @@ def read_ledger(folder: Path) -> list[Entry]:
         ConfigError: the file is damaged.
     """
     file = folder / LEDGER
-    return [Entry.read(row) for row in read_json(file)] if file.exists() else []
+    return [Entry.read(row) for row in read_json(file, _ADVICE)] if file.exists() else []
 
 
 class Ledger:

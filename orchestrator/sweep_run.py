@@ -23,7 +23,6 @@ from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population_search import PopulationSearcher
 from orchestrator.records import keep_history, note, sign_in
-from orchestrator.report import write_trial_files
 from orchestrator.search import (
     Entry,
     Searcher,
@@ -198,7 +197,7 @@ class _SweepRun(Invocation):
         result = sweep_result(self.sweep, entry)
         self.write(note, trial, result.state, result.reason)
         self.tell.record(trial, result.history)
-        self.tell.attach(trial, self.write(write_trial_files, result))
+        self.tell.attach(trial, self.write_trial(result))
         reason = entry.reason if entry.state == "failed" else None
         self.tell.end(trial, _STATUS[entry.state], reason)
         self.tell.describe(trial, {"stop_reason": stop_reason(entry)})
