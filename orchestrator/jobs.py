@@ -127,8 +127,9 @@ def foreman_needed() -> Iterator[None]:
     except ray.exceptions.RayActorError as error:
         raise ForemanLost(f"the process that drives the trials has died: {go_on}") from error
     except ray.exceptions.RayTaskError as error:
-        if isinstance(_cause(error), Halted):
-            raise ForemanLost(str(_cause(error))) from error
+        cause = _cause(error)
+        if isinstance(cause, Halted | ConfigError):  # which say themselves what to do
+            raise ForemanLost(without_secrets(str(cause))) from error
         raise ForemanLost(f"what drives the trials: {failure_text(error)}: {go_on}") from error
 
 

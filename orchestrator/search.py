@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from codetr.config import ConfigError
 from orchestrator.files import read_json, write_whole
 from orchestrator.jobs import Fault, Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Lease, Leases
@@ -24,6 +25,7 @@ from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
+from orchestrator.wording import one_line
 from orchestrator.worker import STOP, STOPPED
 
 LEDGER = "suggestions.json"
@@ -275,18 +277,30 @@ def start_searcher(kind: type[Searcher], sweep: Sweep, loop: Loop, slots: int) -
 
 
 def _tuner(sweep: Sweep, trainable: Callable[..., None], name: str, slots: int) -> Any:
-    """Tune's own object, new or from what an ended process has left."""
+    """Tune's own object, new or from what an ended process has left.
+
+    Raises:
+        ConfigError: what it has left is damaged.
+    """
     from ray import tune
 
-    place = sweep.folder / _TUNE_FOLDER
+    search, place = sweep.search, sweep.folder / _TUNE_FOLDER
+    grid = search.searcher == "grid"
+    points = {"suggestion": tune.grid_search(search.space.grid())} if grid else None
     limited = tune.with_resources(trainable, tune.PlacementGroupFactory([_TRIAL_RESOURCES]))
     if tune.Tuner.can_restore(str(place)):
-        return tune.Tuner.restore(str(place), limited, resume_unfinished=True, resume_errored=True)
-    search = sweep.search
-    grid = search.searcher == "grid"
+        how = {"resume_unfinished": True, "resume_errored": True, "param_space": points}
+        try:
+            return tune.Tuner.restore(str(place), limited, **how)
+        except Exception as error:  # whatever half of a pickle raises
+            raise ConfigError(
+                f"{place}: Ray Tune cannot read what it has left there ({one_line(error)}): remove "
+                "the folder: the search begins again, and what is trained is not trained again; or "
+                "give --name"
+            ) from None
     return tune.Tuner(
         limited,
-        param_space={"suggestion": tune.grid_search(search.space.grid())} if grid else None,
+        param_space=points,
         tune_config=tune.TuneConfig(
             metric=search.metric,
             mode="max",

@@ -10,6 +10,7 @@ from test_population import population_sweep
 from trial_samples import sample_epoch
 
 from codetr.checkpoint import FILE_NAME
+from codetr.config import ConfigError
 from orchestrator.files import write_whole
 from orchestrator.jobs import Fault, Halted
 from orchestrator.population_search import POPULATION, PopulationSearcher, read_population
@@ -149,6 +150,18 @@ def test_if_nobody_has_come_the_search_ends_there_and_goes_on_with_all(sweep, st
     again = searching(sweep)
     assert {again._enter(member).state for member in again._found()} == {"open"}
     assert again._exchange(members, EPOCH)[1:] == members[1:]
+
+
+def test_a_damaged_population_says_what_to_do_and_that_is_done(sweep):
+    searcher = searching(sweep)
+    after = searcher._exchange(searcher.enter(), EPOCH)
+    (sweep.folder / POPULATION).write_text('{"after')
+    told = r"population\.json: damaged \(.*\): remove it: the exchanges are made again"
+    with pytest.raises(ConfigError, match=told):
+        read_population(sweep.folder)
+    (sweep.folder / POPULATION).unlink()
+    again = searching(sweep)
+    assert again._exchange(again.enter(), EPOCH) == after
 
 
 def test_a_population_that_an_older_version_has_emptied_begins_again(sweep):

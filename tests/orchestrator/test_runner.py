@@ -193,9 +193,12 @@ def test_the_end_of_the_foreman_is_told_in_one_line():
         raise_asking(ray.exceptions.RayTaskError("search", "", ValueError("no such metric")))
 
 
-def test_what_has_ended_in_order_has_said_itself_what_to_do():
-    with pytest.raises(ForemanLost, match=r"^nobody has come$"):
-        raise_asking(ray.exceptions.RayTaskError("search", "", Halted("nobody has come")))
+@pytest.mark.parametrize("kind", [Halted, ConfigError])
+def test_what_says_itself_what_to_do_is_told_alone(kind):
+    """Of a damaged file the same command makes the same."""
+    error = kind("population.json: damaged: remove it")
+    with pytest.raises(ForemanLost, match=r"^population\.json: damaged: remove it$"):
+        raise_asking(ray.exceptions.RayTaskError("search", "", error))
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -13,7 +13,7 @@ from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
 from orchestrator.records import keep_invocation, read_records
 from orchestrator.results import TrialResult
-from orchestrator.search import Entry, Ledger, grace_epochs, read_ledger, trial_of
+from orchestrator.search import Entry, Ledger, _tuner, grace_epochs, read_ledger, trial_of
 from orchestrator.sweep import (
     Search,
     SweepOptions,
@@ -148,7 +148,7 @@ def test_a_damaged_note_is_named(tmp_path, content):
     sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
     require_same_sweep(sweep)
     (sweep.folder / "sweep.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"sweep\.json: (damaged|not as)"):
+    with pytest.raises(ConfigError, match=r"sweep\.json: (damaged|not as).*: .*give --name"):
         require_same_sweep(sweep)
 
 
@@ -169,8 +169,30 @@ def test_a_full_disk_leaves_no_half_of_a_note(tmp_path, monkeypatch):
 
 def test_a_damaged_ledger_is_named(tmp_path):
     (tmp_path / "suggestions.json").write_text("[{")
-    with pytest.raises(ConfigError, match=r"suggestions\.json: damaged"):
+    told = r"suggestions\.json: damaged \(.*\): remove it, and tune/ beside it .*; or give --name"
+    with pytest.raises(ConfigError, match=told):
         read_ledger(tmp_path)
+
+
+def test_tune_knows_the_grid_also_when_it_goes_on(tmp_path):
+    """Where it cannot read the rest it begins again, and would with a single empty suggestion."""
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",), searcher="grid")
+    for _ in range(2):
+        tuner = _tuner(sweep, lambda _config: None, "sweep", 1)
+        points = tuner._local_tuner.param_space["suggestion"]["grid_search"]
+        assert points == [{"lambda_1": 1}, {"lambda_1": 2}]
+    assert tuner._local_tuner._is_restored
+
+
+@pytest.mark.parametrize("searcher", ["grid", "optuna"])
+def test_what_tune_cannot_read_is_named_with_what_to_do(tmp_path, searcher):
+    """A full disk leaves half of it."""
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",), searcher=searcher)
+    folder = sweep.folder / "tune"
+    folder.mkdir(parents=True)
+    (folder / "tuner.pkl").write_bytes(b"\x80\x05half")
+    with pytest.raises(ConfigError, match=r"^\S*/tune: Ray Tune cannot .*: remove the folder: "):
+        _tuner(sweep, lambda _config: None, "sweep", 1)
 
 
 def trains(ledger, tune_id, suggestion, trial):
