@@ -392,16 +392,25 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
                     threading.Event().wait()  # for the end of all: what is reported now would count
                 _interrupt(searcher, tune_id)
             if reason is not None:
-                ray.get(searcher.failed.remote(tune_id, reason))
-                raise RuntimeError(reason)
+                _fail(searcher, tune_id, reason)
         else:
             while (first := ray.get(searcher.first.remote(trial.id))).state == "open":
                 time.sleep(_POLL_SECONDS)
             if first.state == "interrupted":
                 _interrupt(searcher, tune_id)
-        _report_last(sweep, trial)
+        reason = _report_last(sweep, trial)
+        if reason is not None:
+            _fail(searcher, tune_id, reason)
 
     return codetr_trial
+
+
+def _fail(searcher: Any, tune_id: str, reason: str) -> NoReturn:
+    """End a trial that has failed; the searcher hears why before Tune tells it of some error."""
+    import ray
+
+    ray.get(searcher.failed.remote(tune_id, reason))
+    raise RuntimeError(reason)
 
 
 def _interrupt(searcher: Any, tune_id: str) -> NoReturn:
@@ -480,16 +489,18 @@ def _report_to_tune(metric: str, epochs: int) -> Any:
     return ReportToTune()
 
 
-def _report_last(sweep: Sweep, trial: Trial) -> None:
-    """Tell Tune where the trial has ended, also if another suggestion has trained it."""
+def _report_last(sweep: Sweep, trial: Trial) -> str | None:
+    """Tell Tune where the trial has ended, also if another suggestion has trained it; returns why
+    that is not known, if it is not."""
     from ray import tune
 
     metric = sweep.search.metric
     result = result_on_disk(sweep.plan, trial)
     if result.metric(metric) is None:
-        raise RuntimeError(result.reason or f"{metric} was not measured")
+        return result.reason or f"{metric} was not measured"
     last = result.evaluated[-1]
     tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
+    return None
 
 
 def trial_of(sweep: Sweep, entry: Entry) -> Trial:
