@@ -60,16 +60,16 @@ def possible_looks(
         failed: is told of a trial whose checkpoints cannot be listed, and why; the others can be
             looked at.
     """
-    from orchestrator.storage import Storage, patiently
+    from orchestrator.storage import Patience, Storage
 
     names = [name for name in plan.analyses if CATALOGUE[name].checkpoints == 1]
-    looks = []
+    looks, patience = [], Patience()
     for result in results:
         if result.state != "finished" or not names:
             continue
         try:
             storage, heads = Storage.of(plan), result.trial.detector.k
-            places = patiently(partial(storage.checkpoints, result.trial.name))
+            places = patience(partial(storage.checkpoints, result.trial.name))
         except Exception as error:  # each file system raises its own
             failed(f"the analyses of {label(result.trial)}", error)
             continue

@@ -23,7 +23,7 @@ from orchestrator.wording import without_secrets
 from orchestrator.worker import RESIZED, STOP, STOPPED, WORTH, damage, read_history
 
 if TYPE_CHECKING:
-    from orchestrator.storage import Storage
+    from orchestrator.storage import Patience, Storage
 
 Loop = Callable[[dict[str, Any]], str | None]
 """A Ray Train loop: takes and returns what :func:`orchestrator.worker.train` does."""
@@ -337,16 +337,20 @@ def _cause(error: Any) -> Any:
     return getattr(cause, "cause", None) or cause.__cause__ or cause
 
 
-def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
+def result_on_disk(plan: Plan, trial: Trial, patience: Patience | None = None) -> TrialResult:
     """What a trial has left in its storage: its history and checkpoints, finished or not. Where it
-    cannot be reached that is this trial's failure, and not the others'."""
-    from orchestrator.storage import patiently
+    cannot be reached that is this trial's failure, and not the others'.
+
+    Args:
+        patience: in common with other trials; default its own.
+    """
+    from orchestrator.storage import Patience
 
     try:
-        return patiently(partial(_result_on_disk, plan, trial))
+        return (patience or Patience())(partial(_result_on_disk, plan, trial))
     except Exception as error:  # each file system raises its own
         reason = f"what it has left cannot be read: {failure_text(error)}"
-        return TrialResult(trial, "failed", [], reason)
+        return TrialResult(trial, "failed", [], reason, unread=True)
 
 
 def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:

@@ -520,11 +520,10 @@ def is_complete(sweep: Sweep, entries: list[Entry]) -> bool:
     return len(entries) >= sweep.count and all(map(is_done, entries))
 
 
-def sweep_result(sweep: Sweep, entry: Entry) -> TrialResult:
+def sweep_result(entry: Entry, result: TrialResult) -> TrialResult:
     """What a suggestion's trial has left, in the state that the ledger knows."""
-    result = result_on_disk(sweep.plan, trial_of(sweep, entry))
     if entry.state == "failed":
         return replace(result, state="failed", reason=entry.reason)
-    if entry.state == "stopped" and result.state != "finished":
+    if entry.state == "stopped" and result.state != "finished" and not result.unread:
         return replace(result, reason=entry.reason)
     return result
