@@ -8,8 +8,9 @@ told, and costs nothing else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +49,30 @@ class Look:
     checkpoint: str
 
 
-def possible_looks(plan: Plan, results: Iterable[TrialResult]) -> list[Look]:
+def possible_looks(
+    plan: Plan, results: Iterable[TrialResult], failed: Callable[[str, Exception], None]
+) -> list[Look]:
     """What of the plan's analyses can be made of these trials.
 
     Those that compare a training's epochs are not: of these the trials tell while they train.
+
+    Args:
+        failed: is told of a trial whose checkpoints cannot be listed, and why; the others can be
+            looked at.
     """
-    from orchestrator.storage import Storage
+    from orchestrator.storage import Patience, Storage
 
     names = [name for name in plan.analyses if CATALOGUE[name].checkpoints == 1]
-    looks = []
+    looks, patience = [], Patience()
     for result in results:
         if result.state != "finished" or not names:
             continue
-        storage, heads = Storage.of(plan), result.trial.detector.k
-        places = storage.checkpoints(result.trial.name)
+        try:
+            storage, heads = Storage.of(plan), result.trial.detector.k
+            places = patience(partial(storage.checkpoints, result.trial.name))
+        except Exception as error:  # each file system raises its own
+            failed(f"the analyses of {label(result.trial)}", error)
+            continue
         looks += [
             Look(name, result.trial, storage.address(places[-1]))
             for name in names
@@ -131,7 +142,7 @@ class Analyses:
         """What has to be looked for yet in these trials."""
         return [
             look
-            for look in possible_looks(self.plan, results)
+            for look in possible_looks(self.plan, results, self._failed)
             if found_before(self.plan, look) is None
         ]
 
@@ -145,7 +156,7 @@ class Analyses:
             slots: so many at a time.
         """
         try:
-            looks = possible_looks(self.plan, self.results.values())
+            looks = possible_looks(self.plan, self.results.values(), self._failed)
             waiting: deque[Look] = deque()
             for look in looks:
                 if (before := found_before(self.plan, look)) is None:
@@ -190,10 +201,12 @@ class Analyses:
         return measurement.save(folder_of(self.plan, look.trial))
 
     def _failed(self, what: str, error: Exception) -> None:
-        """Note a failure, in a line, without Ray's traceback."""
+        """Note a failure once, in a line, without Ray's traceback."""
         cause = getattr(error, "cause", None) or error
-        self.failures.append(f"{what}: {type(cause).__name__}: {one_line(cause)}")
-        self.view.say(f"analysis failed: {self.failures[-1]}")
+        failure = f"{what}: {type(cause).__name__}: {one_line(cause)}"
+        if failure not in self.failures:
+            self.failures.append(failure)
+            self.view.say(f"analysis failed: {failure}")
 
     # ------------------------------------------------------------------------------------- writing
 
@@ -204,7 +217,8 @@ class Analyses:
 
         if not plan.analyses:
             return []
-        every = [m for look in possible_looks(plan, results) if (m := found_before(plan, look))]
+        looks = possible_looks(plan, results, self._failed)
+        every = [m for look in looks if (m := found_before(plan, look))]
         pages: list[Path] = []
         files: list[Path] = []
         for name in plan.analyses:

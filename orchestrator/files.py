@@ -34,17 +34,20 @@ def is_left(path: Path) -> bool:
         return False
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds that :func:`write_whole` has written.
+def read_json(path: Path, advice: str) -> Any:
+    """What a file of JSON holds.
+
+    Args:
+        advice: what it costs that it is damaged, and what to do.
 
     Raises:
-        ConfigError: it is damaged; names it.
+        ConfigError: it is damaged; names it, with the advice.
         FileNotFoundError: there is none.
     """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path}: damaged: {one_line(error)}") from None
+        raise ConfigError(f"{path}: damaged ({one_line(error)}): {advice}") from None
 
 
 def not_writable(folder: Path, error: OSError) -> ConfigError:
@@ -55,10 +58,12 @@ def not_writable(folder: Path, error: OSError) -> ConfigError:
 def as_far_as_possible(
     say: Callable[[str], None], write: Callable[..., list[Path]], *arguments: Any
 ) -> list[Path]:
-    """What ``write(*arguments)`` has written; where the disk does not take it, that is said, and
-    costs nothing else."""
+    """What ``write(*arguments)`` has written; where the disk does not take it, or a file that it is
+    made of is damaged, that is said, and costs nothing else."""
     try:
         return write(*arguments)
     except OSError as error:
         say(f"cannot write {error.filename or 'a file'}: {error.strerror or error}")
-        return []
+    except ConfigError as error:
+        say(str(error))
+    return []

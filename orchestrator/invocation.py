@@ -23,6 +23,7 @@ from orchestrator.lease import LAPSE_SECONDS, Lease, Leases
 from orchestrator.plan import Plan
 from orchestrator.recorder import Recorder
 from orchestrator.records import occupied
+from orchestrator.report import write_class_table, write_trial_files
 from orchestrator.results import TrialResult
 from orchestrator.tracking import Status
 from orchestrator.worker import STOP
@@ -224,6 +225,10 @@ class Invocation(ABC):
 
     def write(self, write: Callable[..., list[Path]], *arguments: Any) -> list[Path]:
         return as_far_as_possible(self.view.say, write, self.plan, *arguments)
+
+    def write_trial(self, result: TrialResult) -> list[Path]:
+        """A trial's own files, each as far as it can be written."""
+        return self.write(write_trial_files, result) + self.write(write_class_table, result)
 
     @contextmanager
     def driven_by(self, foreman: Any) -> Iterator[None]:

@@ -23,7 +23,7 @@ from orchestrator.wording import without_secrets
 from orchestrator.worker import RESIZED, STOP, STOPPED, WORTH, damage, read_history
 
 if TYPE_CHECKING:
-    from orchestrator.storage import Storage
+    from orchestrator.storage import Patience, Storage
 
 Loop = Callable[[dict[str, Any]], str | None]
 """A Ray Train loop: takes and returns what :func:`orchestrator.worker.train` does."""
@@ -99,6 +99,15 @@ def start_foreman(plan: Plan, loop: Loop, slots: int) -> Any:
     return actor.options(scheduling_strategy=here, max_concurrency=slots + 4).remote(plan, loop)
 
 
+class Fault(str):
+    """Why a trial has failed, where its training has not said so itself: a dead worker, a full disk
+    or a storage that is away say nothing of the trial's settings."""
+
+
+class Halted(RuntimeError):  # noqa: N818 - of the run's making, like Interrupted
+    """What drives the trials has ended in order; the text says why, and what to do."""
+
+
 class ForemanLost(Exception):  # noqa: N818 - of the run's making, like Interrupted
     """What drives the trials has ended before they have; the text says why, and what to do."""
 
@@ -118,6 +127,9 @@ def foreman_needed() -> Iterator[None]:
     except ray.exceptions.RayActorError as error:
         raise ForemanLost(f"the process that drives the trials has died: {go_on}") from error
     except ray.exceptions.RayTaskError as error:
+        cause = _cause(error)
+        if isinstance(cause, Halted | ConfigError):  # which say themselves what to do
+            raise ForemanLost(without_secrets(str(cause))) from error
         raise ForemanLost(f"what drives the trials: {failure_text(error)}: {go_on}") from error
 
 
@@ -158,7 +170,7 @@ def fit(
         until: the epoch after which it ends; default the trial's last.
 
     Returns:
-        Why it failed; None if it did not.
+        Why it failed, as a :class:`Fault` if not by its training's own word; None if it did not.
     """
     import ray
 
@@ -200,7 +212,7 @@ def _fit(
         before, reached = reached, ray.get(board.step.remote(trial.id))
         attempts = ATTEMPTS - 1 if reached > before else attempts - 1
         if not attempts or _is_final(failure):
-            return failure_text(failure)
+            return Fault(failure_text(failure))
 
 
 def _wait_for_room(plan: Plan, trial: Trial, board: Any) -> int:
@@ -325,16 +337,20 @@ def _cause(error: Any) -> Any:
     return getattr(cause, "cause", None) or cause.__cause__ or cause
 
 
-def result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
+def result_on_disk(plan: Plan, trial: Trial, patience: Patience | None = None) -> TrialResult:
     """What a trial has left in its storage: its history and checkpoints, finished or not. Where it
-    cannot be reached that is this trial's failure, and not the others'."""
-    from orchestrator.storage import patiently
+    cannot be reached that is this trial's failure, and not the others'.
+
+    Args:
+        patience: in common with other trials; default its own.
+    """
+    from orchestrator.storage import Patience
 
     try:
-        return patiently(partial(_result_on_disk, plan, trial))
+        return (patience or Patience())(partial(_result_on_disk, plan, trial))
     except Exception as error:  # each file system raises its own
         reason = f"what it has left cannot be read: {failure_text(error)}"
-        return TrialResult(trial, "failed", [], reason)
+        return TrialResult(trial, "failed", [], reason, unread=True)
 
 
 def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:

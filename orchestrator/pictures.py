@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import matplotlib as mpl
 
 from codetr.plotting import COLOURS, STYLE, dot_styles, legend_below, line_styles, save
 from orchestrator.board import Epoch
+from orchestrator.files import read_json
 from orchestrator.plan import Plan
 from orchestrator.results import ArmSummary, TrialResult, reference, summarise
 from orchestrator.worker import PREDICTIONS
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 
 
 def draw_all(plan: Plan, results: list[TrialResult]) -> list[Path]:
-    """Every picture for which there is something to show; returns their paths."""
+    """Every picture of what was measured, if anything was; returns their paths."""
     if not any(result.evaluated for result in results):
         return []
     return [
         draw_ap_by_epoch(results, plan.folder / "ap_by_epoch.png"),
         draw_ap_by_arm(results, plan.folder / "ap_by_arm.png"),
-        *draw_detections(results, plan.folder / "detections.png"),
     ]
 
 
@@ -151,10 +150,13 @@ def _points(history: list[Epoch], name: str, scale: float) -> tuple[list[int], l
 # -------------------------------------------------------------------------------------- detections
 
 
-def draw_detections(results: list[TrialResult], path: Path, images: int = 4) -> list[Path]:
+def draw_detections(plan: Plan, results: list[TrialResult], images: int = 4) -> list[Path]:
     """Validation images, row by row: the ground truth, then what each arm's first seed found.
 
     Returns no path where this machine does not have the predictions, or not the images.
+
+    Raises:
+        ConfigError: predictions are damaged.
     """
     from codetr.data import DataError, open_dataset
 
@@ -183,7 +185,7 @@ def draw_detections(results: list[TrialResult], path: Path, images: int = 4) -> 
             panels[0], ["ground truth", *(t.trial.arm for t in shown)], strict=True
         ):
             axes.set_title(title)
-        return [save(figure, path)]
+        return [save(figure, plan.folder / "detections.png")]
 
 
 def _draw_row(
@@ -214,7 +216,7 @@ def _read_predictions(path: Path, dataset: CocoDataset) -> dict[int, Detections]
 
     number = {category: i for i, category in enumerate(dataset.classes.category_ids)}
     rows: dict[int, list[list[float]]] = {int(i): [] for i in dataset.table.image_ids}
-    for found in json.loads(path.read_text()):
+    for found in read_json(path, "no picture of detections is drawn"):
         x, y, width, height = found["bbox"]
         rows[found["image_id"]].append(
             [x, y, x + width, y + height, found["score"], number[found["category_id"]]]

@@ -15,11 +15,12 @@ from typing import Any
 
 from orchestrator.board import Progress
 from orchestrator.files import read_json, write_whole
-from orchestrator.jobs import result_on_disk
+from orchestrator.jobs import Fault, Halted, Loop, result_on_disk
 from orchestrator.plan import Trial
 from orchestrator.population import Member, Turn, exchange, exchanges, found
 from orchestrator.search import Entry, Searcher, train_leased
 from orchestrator.storage import Storage
+from orchestrator.sweep import Sweep
 from orchestrator.wording import one_line
 from orchestrator.worker import STOPPED
 
@@ -27,13 +28,25 @@ POPULATION = "population.json"
 """In the sweep's folder: its members, and the epoch after which they have exchanged last."""
 
 _POLL_SECONDS = 0.5
+_ADVICE = (
+    "remove it: the exchanges are made again, from what the trials have measured, and what is "
+    "trained is not trained again; or give --name"
+)
 
 
 class PopulationSearcher(Searcher):
     """As a Ray actor it trains a population, and is the foreman of its members' jobs."""
 
+    def __init__(self, sweep: Sweep, loop: Loop, slots: int) -> None:
+        super().__init__(sweep, loop, slots)
+        self.faults: dict[str, Fault] = {}
+
     def search(self) -> None:
-        """Train the population to its end, from its last exchange."""
+        """Train the population to its end, from its last exchange.
+
+        Raises:
+            Halted: it cannot exchange; the same command goes on there.
+        """
         import ray
 
         me, sweep = ray.get_runtime_context().current_actor, self.sweep
@@ -85,7 +98,9 @@ class PopulationSearcher(Searcher):
             if reason is None and self._score(trial, until) is None:
                 reason = f"{self.sweep.search.metric} was not measured"
         except RuntimeError as error:
-            reason = str(error)
+            reason = Fault(str(error))
+        if isinstance(reason, Fault):
+            self.faults[entry.tune_id] = reason
         if reason == STOPPED:
             self._end(entry, "interrupted")
         elif reason is not None:
@@ -128,13 +143,14 @@ class PopulationSearcher(Searcher):
 
     def _exchange(self, members: list[Member], epoch: int) -> list[Member]:
         """Who goes on from whom after that epoch. It counts once it is written down; killed before
-        that, the same comes of the same metrics."""
+        that, the same comes of the same metrics.
+
+        Raises:
+            Halted: it would be another one than without a fault, or there is nobody to go on from;
+                nothing has been written.
+        """
         search, places = self.sweep.search, {member.number: member for member in members}
-        came = [m for m in members if self._entry(m).state not in ("failed", "interrupted")]
-        scores = [
-            (member, self._score(self._trial(member), epoch) if member in came else None)
-            for member in members
-        ]
+        scores = self._scores(members, epoch)
         after = exchange(search.space, search.seed, epoch, scores)
         for new in after:
             if new not in members and new.donor is not None:
@@ -142,6 +158,31 @@ class PopulationSearcher(Searcher):
         content = {"after_epoch": epoch, "members": [asdict(member) for member in after]}
         write_whole(self.sweep.folder / POPULATION, json.dumps(content, indent=1))
         return after
+
+    def _scores(self, members: list[Member], epoch: int) -> list[tuple[Member, float | None]]:
+        """What each has reached; None for one that has failed of itself, or was asked to stop."""
+        scores: list[tuple[Member, float | None]] = []
+        for member in members:
+            entry, score = self._entry(member), None
+            try:
+                if entry.tune_id in self.faults:
+                    raise RuntimeError(self.faults[entry.tune_id])
+                if entry.state not in ("failed", "interrupted"):
+                    score = self._score(self._trial(member), epoch)
+            except RuntimeError as error:
+                raise Halted(
+                    f"#{entry.number} has not come to the exchange after epoch {epoch}: {error}. "
+                    "That says nothing of its values, so nobody has exchanged: the same command "
+                    "goes on there"
+                ) from None
+            scores.append((member, score))
+        if all(score is None for _, score in scores):
+            entry = self._entry(members[0])
+            raise Halted(
+                f"nobody has come to the exchange after epoch {epoch} (#{entry.number}: "
+                f"{entry.reason or STOPPED}): the same command tries all of them again"
+            )
+        return scores
 
     def _replace(self, old: Member, donor: Member, new: Member, epoch: int) -> None:
         source, before = f"#{self._entry(donor).number}", self._entry(old)
@@ -179,7 +220,8 @@ def _place(trial: Trial, turn: Turn) -> tuple[int, int]:
 
 
 def read_population(folder: Path) -> tuple[int, list[Member]] | None:
-    """The epoch of the last exchange, and the population since; None before the first.
+    """The epoch of the last exchange, and the population since; None before the first, and where
+    nobody was left, as older versions had it: the exchanges are made again.
 
     Raises:
         ConfigError: the file is damaged.
@@ -187,9 +229,9 @@ def read_population(folder: Path) -> tuple[int, list[Member]] | None:
     file = folder / POPULATION
     if not file.exists():
         return None
-    content = read_json(file)
+    content = read_json(file, _ADVICE)
     members = [
         Member(**{**row, "turns": tuple(Turn(**turn) for turn in row["turns"])})
         for row in content["members"]
     ]
-    return content["after_epoch"], members
+    return (content["after_epoch"], members) if members else None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 
-from orchestrator.files import write_whole
+from orchestrator.files import read_json, write_whole
 from orchestrator.plan import Plan
 from orchestrator.records import write_configuration
 from orchestrator.results import (
@@ -18,7 +17,7 @@ from orchestrator.results import (
     row,
     summarise,
 )
-from orchestrator.worker import PER_CLASS
+from orchestrator.worker import PER_CLASS, PREDICTIONS
 
 CSV, MARKDOWN = "results.csv", "results.md"
 
@@ -179,8 +178,8 @@ def _markdown_table(rows: Rows) -> list[str]:
 
 
 def write_trial_files(plan: Plan, result: TrialResult) -> list[Path]:
-    """Write the trial's configuration, AP per class and curves beside its checkpoints; return
-    these and the predictions."""
+    """Write the trial's configuration and curves beside its checkpoints; return these and the
+    predictions."""
     from orchestrator.pictures import draw_curves
 
     folder = plan.store / result.trial.name
@@ -188,16 +187,24 @@ def write_trial_files(plan: Plan, result: TrialResult) -> list[Path]:
     files = [write_configuration(folder, result.trial)]
     if result.history:
         files.append(draw_curves(result, folder / "curves.png"))
-    if result.best is not None and (result.best / PER_CLASS).exists():
-        files += [_per_class_table(result.best, folder), result.best / "predictions.json"]
+    if result.best is not None and (result.best / PREDICTIONS).exists():
+        files.append(result.best / PREDICTIONS)
     return files
 
 
-def _per_class_table(checkpoint: Path, folder: Path) -> Path:
-    per_class: dict[str, float] = json.loads((checkpoint / PER_CLASS).read_text())
-    path = folder / "per_class_AP.csv"
+def write_class_table(plan: Plan, result: TrialResult) -> list[Path]:
+    """Write AP per class at the trial's best epoch beside its checkpoints, if it is at hand.
+
+    Raises:
+        ConfigError: what was measured then is damaged.
+    """
+    if result.best is None or not (result.best / PER_CLASS).exists():
+        return []
+    advice = "no table per class is written"
+    per_class: dict[str, float] = read_json(result.best / PER_CLASS, advice)
+    path = plan.store / result.trial.name / "per_class_AP.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["class", "AP"])
         writer.writerows([name, round(100 * ap, 2)] for name, ap in per_class.items())
-    return path
+    return [path]

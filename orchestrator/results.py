@@ -30,6 +30,7 @@ class TrialResult:
         reason: why it failed.
         best: folder with what was written beside the checkpoint of the highest AP.
         weights: the folder of that checkpoint itself, or its URL.
+        unread: that is all that is known here: what it has left could not be read.
     """
 
     trial: Trial
@@ -38,6 +39,7 @@ class TrialResult:
     reason: str | None = None
     best: Path | None = None
     weights: str | None = None
+    unread: bool = False
 
     @property
     def notes(self) -> list[str]:

@@ -32,7 +32,7 @@ from orchestrator.records import (
     sign_in,
     take_over,
 )
-from orchestrator.report import write_tables, write_trial_files
+from orchestrator.report import write_tables
 from orchestrator.results import State, TrialResult
 from orchestrator.tracking import Status
 from orchestrator.wording import one_line
@@ -262,7 +262,7 @@ class _Run(Invocation):
     def _end(self, result: TrialResult) -> None:
         self.results[result.trial.id] = result
         self.tell.record(result.trial, result.history)
-        self.tell.attach(result.trial, self.write(write_trial_files, result))
+        self.tell.attach(result.trial, self.write_trial(result))
         self.tell.end(result.trial, _STATUS[result.state], result.reason)
         if result.trial.id in self.begun:
             self.write(note, result.trial, result.state, result.reason)
@@ -283,9 +283,10 @@ class _Run(Invocation):
         self.view.stage("writing tables and pictures")
         outcome.files = self.write(write_tables, results)
         if interrupted is None:
-            from orchestrator.pictures import draw_all
+            from orchestrator.pictures import draw_all, draw_detections
 
             outcome.files += self.write(draw_all, results)
+            outcome.files += self.write(draw_detections, results)
             outcome.files += self.write(self._analyses.write, results)
         return self.close(outcome)
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from codetr.config import ConfigError
 from orchestrator.files import read_json, write_whole
-from orchestrator.jobs import Foreman, Loop, failure_text, fit, free_group, result_on_disk
+from orchestrator.jobs import Fault, Foreman, Loop, failure_text, fit, free_group, result_on_disk
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population import Turn
@@ -24,12 +25,17 @@ from orchestrator.records import finished_elsewhere, take_over
 from orchestrator.results import TrialResult
 from orchestrator.space import Suggestion
 from orchestrator.sweep import Sweep
+from orchestrator.wording import one_line
 from orchestrator.worker import STOP, STOPPED
 
 LEDGER = "suggestions.json"
 """In the sweep's folder: every suggestion that was made, and what came of it."""
 
 _TUNE_FOLDER = "tune"
+_ADVICE = (
+    f"remove it, and {_TUNE_FOLDER}/ beside it if there is one: the search begins again, and what "
+    "is trained is not trained again; or give --name"
+)
 _EPOCH = "epoch"
 _POLL_SECONDS = 0.5
 _LEASE_POLL_SECONDS = 2.0
@@ -98,7 +104,7 @@ def read_ledger(folder: Path) -> list[Entry]:
         ConfigError: the file is damaged.
     """
     file = folder / LEDGER
-    return [Entry.read(row) for row in read_json(file)] if file.exists() else []
+    return [Entry.read(row) for row in read_json(file, _ADVICE)] if file.exists() else []
 
 
 class Ledger:
@@ -271,18 +277,30 @@ def start_searcher(kind: type[Searcher], sweep: Sweep, loop: Loop, slots: int) -
 
 
 def _tuner(sweep: Sweep, trainable: Callable[..., None], name: str, slots: int) -> Any:
-    """Tune's own object, new or from what an ended process has left."""
+    """Tune's own object, new or from what an ended process has left.
+
+    Raises:
+        ConfigError: what it has left is damaged.
+    """
     from ray import tune
 
-    place = sweep.folder / _TUNE_FOLDER
+    search, place = sweep.search, sweep.folder / _TUNE_FOLDER
+    grid = search.searcher == "grid"
+    points = {"suggestion": tune.grid_search(search.space.grid())} if grid else None
     limited = tune.with_resources(trainable, tune.PlacementGroupFactory([_TRIAL_RESOURCES]))
     if tune.Tuner.can_restore(str(place)):
-        return tune.Tuner.restore(str(place), limited, resume_unfinished=True, resume_errored=True)
-    search = sweep.search
-    grid = search.searcher == "grid"
+        how = {"resume_unfinished": True, "resume_errored": True, "param_space": points}
+        try:
+            return tune.Tuner.restore(str(place), limited, **how)
+        except Exception as error:  # whatever half of a pickle raises
+            raise ConfigError(
+                f"{place}: Ray Tune cannot read what it has left there ({one_line(error)}): remove "
+                "the folder: the search begins again, and what is trained is not trained again; or "
+                "give --name"
+            ) from None
     return tune.Tuner(
         limited,
-        param_space={"suggestion": tune.grid_search(search.space.grid())} if grid else None,
+        param_space=points,
         tune_config=tune.TuneConfig(
             metric=search.metric,
             mode="max",
@@ -374,16 +392,25 @@ def _trainable(sweep: Sweep, loop: Loop, name: str) -> Callable[[dict[str, Any]]
                     threading.Event().wait()  # for the end of all: what is reported now would count
                 _interrupt(searcher, tune_id)
             if reason is not None:
-                ray.get(searcher.failed.remote(tune_id, reason))
-                raise RuntimeError(reason)
+                _fail(searcher, tune_id, reason)
         else:
             while (first := ray.get(searcher.first.remote(trial.id))).state == "open":
                 time.sleep(_POLL_SECONDS)
             if first.state == "interrupted":
                 _interrupt(searcher, tune_id)
-        _report_last(sweep, trial)
+        reason = _report_last(sweep, trial)
+        if reason is not None:
+            _fail(searcher, tune_id, reason)
 
     return codetr_trial
+
+
+def _fail(searcher: Any, tune_id: str, reason: str) -> NoReturn:
+    """End a trial that has failed; the searcher hears why before Tune tells it of some error."""
+    import ray
+
+    ray.get(searcher.failed.remote(tune_id, reason))
+    raise RuntimeError(reason)
 
 
 def _interrupt(searcher: Any, tune_id: str) -> NoReturn:
@@ -403,7 +430,8 @@ def train_leased(
     callbacks: Sequence[Any] = (),
     until: int | None = None,
 ) -> str | None:
-    """Train the trial unless it is trained, once no other invocation does; returns why it failed.
+    """Train the trial unless it is trained, once no other invocation does; returns what
+    :func:`orchestrator.jobs.fit` does.
 
     Args:
         searcher: as actor handle.
@@ -417,10 +445,10 @@ def train_leased(
             return None
         reason = fit(sweep.plan, trial, searcher, loop, callbacks=callbacks, until=until)
     except Exception as error:  # Ray's or the storage's: one trial's failure, not the sweep's
-        return failure_text(error)
+        return Fault(failure_text(error))
     result = result_on_disk(sweep.plan, trial)
     if reason is None and len(result.history) < until:
-        return result.reason or f"ended after {len(result.history)} epochs"
+        return Fault(result.reason or f"ended after {len(result.history)} epochs")
     return reason
 
 
@@ -461,16 +489,18 @@ def _report_to_tune(metric: str, epochs: int) -> Any:
     return ReportToTune()
 
 
-def _report_last(sweep: Sweep, trial: Trial) -> None:
-    """Tell Tune where the trial has ended, also if another suggestion has trained it."""
+def _report_last(sweep: Sweep, trial: Trial) -> str | None:
+    """Tell Tune where the trial has ended, also if another suggestion has trained it; returns why
+    that is not known, if it is not."""
     from ray import tune
 
     metric = sweep.search.metric
     result = result_on_disk(sweep.plan, trial)
     if result.metric(metric) is None:
-        raise RuntimeError(result.reason or f"{metric} was not measured")
+        return result.reason or f"{metric} was not measured"
     last = result.evaluated[-1]
     tune.report({_EPOCH: last.epoch, metric: last.values[f"val/{metric}"]})
+    return None
 
 
 def trial_of(sweep: Sweep, entry: Entry) -> Trial:
@@ -490,11 +520,10 @@ def is_complete(sweep: Sweep, entries: list[Entry]) -> bool:
     return len(entries) >= sweep.count and all(map(is_done, entries))
 
 
-def sweep_result(sweep: Sweep, entry: Entry) -> TrialResult:
+def sweep_result(entry: Entry, result: TrialResult) -> TrialResult:
     """What a suggestion's trial has left, in the state that the ledger knows."""
-    result = result_on_disk(sweep.plan, trial_of(sweep, entry))
     if entry.state == "failed":
         return replace(result, state="failed", reason=entry.reason)
-    if entry.state == "stopped" and result.state != "finished":
+    if entry.state == "stopped" and result.state != "finished" and not result.unread:
         return replace(result, reason=entry.reason)
     return result

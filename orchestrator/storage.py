@@ -48,6 +48,21 @@ def patiently(read: Callable[[], T]) -> T:
     return read()
 
 
+class Patience:
+    """Asks patiently until something has not answered, and what comes after that only once: each
+    would be waited for as long, and most likely in vain."""
+
+    def __init__(self) -> None:
+        self.is_lost = False
+
+    def __call__(self, read: Callable[[], T]) -> T:
+        try:
+            return read() if self.is_lost else patiently(read)
+        except Exception:
+            self.is_lost = True
+            raise
+
+
 @dataclass(frozen=True)
 class Storage:
     """A place for trials: each has a folder of its own below ``root``.

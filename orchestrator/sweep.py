@@ -42,6 +42,10 @@ Scheduler = Literal["asha", "none", "pbt"]
 
 _OWN_KEYS = ("space", "searcher", "scheduler", "samples", "metric", "interval")
 _BASE = "ablation-k"
+_ADVICE = (
+    "to go on with the very same command, remove it and results.csv, which are written again; or "
+    "give --name"
+)
 """Whose sizes a sweep has that names no experiment."""
 
 
@@ -352,9 +356,9 @@ def require_same_sweep(sweep: Sweep) -> None:
         except OSError as error:
             raise not_writable(sweep.folder, error) from None
         return
-    before = read_json(file)
+    before = read_json(file, _ADVICE)
     if not isinstance(before, dict) or not isinstance(before.get("search"), dict):
-        raise ConfigError(f"{file}: not as 'codetr sweep' writes it")
+        raise ConfigError(f"{file}: not as 'codetr sweep' writes it: {_ADVICE}")
     different = [key for key in definition if before.get(key) != definition[key]]
     if "search" in different:
         search = definition["search"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from orchestrator.files import write_whole
 from orchestrator.results import TrialResult, Value
 from orchestrator.results import row as trial_row
 from orchestrator.schedule import schedule_text
-from orchestrator.search import Entry, sweep_result
+from orchestrator.search import Entry
 from orchestrator.space import Dimension
 from orchestrator.sweep import Sweep, suggestion_text
 
@@ -56,15 +57,21 @@ class Row:
         return "gpu_hours" if self.result.final("cost/gpu_hours") else "core_hours"
 
 
-def ranked(sweep: Sweep, entries: list[Entry]) -> list[Row]:
-    """Every suggestion, the best first; equal trials have equal ranks."""
+def ranked(
+    sweep: Sweep, entries: list[Entry], result_of: Callable[[Entry], TrialResult]
+) -> list[Row]:
+    """Every suggestion, the best first; equal trials have equal ranks.
+
+    Args:
+        result_of: what the trial of a suggestion, its first, has come to.
+    """
     states: dict[str, Entry] = {}
     for entry in entries:
         states.setdefault(entry.trial, entry)
+    results = {trial: result_of(first) for trial, first in states.items()}
     rows = []
     for entry in entries:
-        first = states[entry.trial]
-        result = sweep_result(sweep, first)
+        first, result = states[entry.trial], results[entry.trial]
         # What the first suggestion of a trial came to is what all of them did.
         told = replace(entry, state=first.state, reason=first.reason)
         metric = result.metric(sweep.search.metric)

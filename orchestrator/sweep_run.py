@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from orchestrator.board import Progress
@@ -18,12 +19,12 @@ from orchestrator.invocation import (
     prepare_data,
     prepare_storage,
 )
-from orchestrator.jobs import Loop, foreman_needed
+from orchestrator.jobs import Loop, foreman_needed, result_on_disk
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
 from orchestrator.population_search import PopulationSearcher
-from orchestrator.records import keep_history, note, sign_in
-from orchestrator.report import write_trial_files
+from orchestrator.records import keep_history, last_history, note, sign_in
+from orchestrator.results import TrialResult
 from orchestrator.search import (
     Entry,
     Searcher,
@@ -34,6 +35,7 @@ from orchestrator.search import (
     sweep_result,
     trial_of,
 )
+from orchestrator.storage import Patience
 from orchestrator.sweep import Sweep, require_same_sweep
 from orchestrator.sweep_report import Row, ranked, write_report
 from orchestrator.tracking import Status
@@ -91,6 +93,7 @@ class _SweepRun(Invocation):
         self.before: list[Entry] = []
         self.trials: dict[str, Trial] = {}
         self.ended: set[str] = set()
+        self._results: dict[str, TrialResult] = {}
 
     def take_stock(self) -> None:
         self.before = read_ledger(self.sweep.folder)
@@ -110,10 +113,11 @@ class _SweepRun(Invocation):
     def _take_over(self, before: list[Entry]) -> None:
         # Other suggestions that stand for the same trial have no run of their own.
         first = {entry.trial: entry.tune_id for entry in reversed(before)}
+        patience = Patience()
         for entry in before:
             if is_done(entry) and first[entry.trial] == entry.tune_id:
                 self.tell.adopt(self._trial(entry))
-                self._end(entry)
+                self._end(entry, patience)
 
     def _trial(self, entry: Entry) -> Trial:
         if entry.trial not in self.trials:
@@ -185,20 +189,34 @@ class _SweepRun(Invocation):
     def _begin(self, entry: Entry) -> None:
         trial = self._trial(entry)
         self.ended.discard(trial.id)  # Tune was killed before it had written down that it had
+        self._results.pop(trial.id, None)
         self.write(note, trial, "running")
         self.view.progress(trial, Progress("starting"))
         self.tell.begin(trial)
         self.tell.describe(trial, suggestion_tags(entry))
 
-    def _end(self, entry: Entry) -> None:
+    def _result(self, entry: Entry, patience: Patience | None = None) -> TrialResult:
+        """What the entry's trial has come to: asked for once, and again where that was in vain. In
+        the end it is told as it was reported, if its checkpoints lie elsewhere."""
+        known = self._results.get(entry.trial)
+        if known is None or known.unread:
+            trial = self.trials.get(entry.trial) or trial_of(self.sweep, entry)
+            known = result_on_disk(self.plan, trial, patience)
+            if known.unread and self.plan.storage is not None:
+                known = replace(known, history=last_history(self.plan.store / trial.name))
+            self._results[entry.trial] = known
+        return sweep_result(entry, known)
+
+    def _end(self, entry: Entry, patience: Patience | None = None) -> None:
         trial = self._trial(entry)
         if trial.id in self.ended:
             return
         self.ended.add(trial.id)
-        result = sweep_result(self.sweep, entry)
-        self.write(note, trial, result.state, result.reason)
+        result = self._result(entry, patience)
+        if not (result.unread and is_done(entry)):  # or it would count as failed from now on
+            self.write(note, trial, result.state, result.reason)
         self.tell.record(trial, result.history)
-        self.tell.attach(trial, self.write(write_trial_files, result))
+        self.tell.attach(trial, self.write_trial(result))
         reason = entry.reason if entry.state == "failed" else None
         self.tell.end(trial, _STATUS[entry.state], reason)
         self.tell.describe(trial, {"stop_reason": stop_reason(entry)})
@@ -210,12 +228,13 @@ class _SweepRun(Invocation):
         entries = read_ledger(self.sweep.folder)
         failed = self.is_cut_off or any(entry.state == "failed" for entry in entries)
         logs = self.end_ray(failed=failed)
+        patience = Patience()
         for entry in entries:
             # Cut off, or ended after the last look at the searcher.
             if entry.trial in self.trials:
-                self._end(entry)
+                self._end(entry, patience)
         self.view.stage("writing tables and pictures")
-        rows = ranked(self.sweep, entries)
+        rows = ranked(self.sweep, entries, partial(self._result, patience=patience))
         files = as_far_as_possible(self.view.say, write_report, self.sweep, rows)
         complete = is_complete(self.sweep, entries)
         results = [row.result for row in rows]

@@ -34,6 +34,7 @@ from orchestrator.analyze import _open
 from orchestrator.experiment import load_experiment
 from orchestrator.interrupt import Interrupts
 from orchestrator.plan import Options, make_plan
+from orchestrator.storage import Storage
 
 ONE_PASS = ("discriminability", "iof-iob", "conflicts", "queries")
 
@@ -143,12 +144,16 @@ def test_what_is_asked_for(tmp_path):
 def test_looks_are_of_the_last_checkpoint_where_there_are_heads(plan):
     results = sample_results(plan)
     results[-1] = replace(results[-1], state="interrupted")
-    looks = possible_looks(plan, results)
+    looks = possible_looks(plan, results, must_not_fail)
     assert [look.analysis for look in looks] == [
         *ONE_PASS[:2], *ONE_PASS[:2], *ONE_PASS, *ONE_PASS, *ONE_PASS
     ]  # fmt: skip
     assert all("epoch-0004-step" in look.checkpoint for look in looks)
-    assert possible_looks(replace(plan, analyses=()), results) == []
+    assert possible_looks(replace(plan, analyses=()), results, must_not_fail) == []
+
+
+def must_not_fail(what, error):
+    raise AssertionError(what) from error
 
 
 # --------------------------------------------------------------------------------- the end of a run
@@ -204,6 +209,49 @@ def test_nothing_that_happens_here_fails_the_run(plan, monkeypatch):
     heard = Heard()
     analysed(plan, sample_results(plan), heard).look(heard, slots=1)
     assert heard.said == ["analysis failed: looking at the detectors: OSError: the network is gone"]
+
+
+@pytest.fixture
+def checkpoints_away(monkeypatch):
+    """Of one trial, for so many questions."""
+
+    def break_off(trial, times):
+        left, checkpoints = [times], Storage.checkpoints
+
+        def broken(storage, name):
+            if name == trial.name and left[0]:
+                left[0] -= 1
+                raise ConnectionResetError("the network is gone")
+            return checkpoints(storage, name)
+
+        monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", (0.0,))
+        monkeypatch.setattr("orchestrator.storage.Storage.checkpoints", broken)
+
+    return break_off
+
+
+def test_a_storage_that_answers_the_second_time_is_no_failure(plan, checkpoints_away):
+    heard, results = Heard(), sample_results(plan)
+    checkpoints_away(plan.trials[0], times=1)
+    assert len(analysed(plan, results, heard).missing(results)) == 20
+    assert heard.said == []
+
+
+def test_a_trial_whose_storage_is_away_is_told_once_and_left_out(
+    plan, checkpoints_away, ray, monkeypatch
+):
+    """Before anything is trained, at the detectors, and where the pages are written."""
+    monkeypatch.setattr(analyses, "measure_trial", fake_measurement)
+    heard, results = Heard(), sample_results(plan)
+    at_end = analysed(plan, results, heard)
+    checkpoints_away(plan.trials[-1], times=99)
+    assert len(at_end.missing(results)) == 16
+    at_end.look(heard, slots=3)
+    files = at_end.write(plan, results)
+    told = "the analyses of K=2 ATSS + Faster R-CNN, seed 1: ConnectionResetError: the network is"
+    assert [said for said in heard.said if "network" in said] == [f"analysis failed: {told} gone"]
+    assert f"**Failed:** {told}" in files[0].read_text()
+    assert len(heard.measured) == 16
 
 
 def with_changes(results):

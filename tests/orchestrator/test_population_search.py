@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from test_lease import take_away, wait_until
@@ -9,11 +10,14 @@ from test_population import population_sweep
 from trial_samples import sample_epoch
 
 from codetr.checkpoint import FILE_NAME
+from codetr.config import ConfigError
+from orchestrator.files import write_whole
+from orchestrator.jobs import Fault, Halted
 from orchestrator.population_search import POPULATION, PopulationSearcher, read_population
 from orchestrator.search import read_ledger
 from orchestrator.storage import checkpoint_name
 from orchestrator.sweep_run import stop_reason, suggestion_tags
-from orchestrator.worker import STOP
+from orchestrator.worker import STOP, STOPPED
 
 EPOCH = 2
 
@@ -132,12 +136,58 @@ def test_who_was_asked_to_stop_is_interrupted_and_replaced(sweep):
     assert (entry.state, entry.reason) == ("stopped", "replaced by #6, from #3, after epoch 2")
 
 
-def test_if_all_have_failed_nobody_is_left(sweep):
+@pytest.mark.parametrize(("state", "reason"), [("failed", "loss not finite"), ("interrupted", "")])
+def test_if_nobody_has_come_the_search_ends_there_and_goes_on_with_all(sweep, state, reason):
+    """An empty population would be trained to its end at once, for ever."""
     searcher = searching(sweep)
     members = searcher.enter()
     for member in members:
-        searcher._end(searcher._entry(member), "failed", "loss not finite")
-    assert searcher._exchange(members, EPOCH) == []
+        searcher._end(searcher._entry(member), state, reason)
+    told = rf"nobody has come to the exchange after epoch 2 \(#1: {reason or STOPPED}\): the same"
+    with pytest.raises(Halted, match=told):
+        searcher._exchange(members, EPOCH)
+    assert read_population(sweep.folder) is None
+    again = searching(sweep)
+    assert {again._enter(member).state for member in again._found()} == {"open"}
+    assert again._exchange(members, EPOCH)[1:] == members[1:]
+
+
+def test_a_damaged_population_says_what_to_do_and_that_is_done(sweep):
+    searcher = searching(sweep)
+    after = searcher._exchange(searcher.enter(), EPOCH)
+    (sweep.folder / POPULATION).write_text('{"after')
+    told = r"population\.json: damaged \(.*\): remove it: the exchanges are made again"
+    with pytest.raises(ConfigError, match=told):
+        read_population(sweep.folder)
+    (sweep.folder / POPULATION).unlink()
+    again = searching(sweep)
+    assert again._exchange(again.enter(), EPOCH) == after
+
+
+def test_a_population_that_an_older_version_has_emptied_begins_again(sweep):
+    write_whole(sweep.folder / POPULATION, '{"after_epoch": 2, "members": []}')
+    assert read_population(sweep.folder) is None
+
+
+@pytest.mark.parametrize("fault", ["the storage", "its workers"])
+def test_whom_a_fault_has_kept_is_not_the_worst(sweep, monkeypatch, fault):
+    """Or the population would be another one than without the fault."""
+    searcher = searching(sweep)
+    members = searcher.enter()
+    monkeypatch.setattr("orchestrator.storage.RETRY_PAUSES", ())
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    with monkeypatch.context() as patch:
+        reason = Fault("TimeoutError: away") if fault == "its workers" else None
+        patch.setattr("orchestrator.population_search.train_leased", lambda *_, **_more: reason)
+        patch.setattr("orchestrator.storage.Storage.checkpoints", timeout)
+        searcher.train_member(members[1], EPOCH)
+    assert searcher._entry(members[1]).state == "failed"
+    with pytest.raises(Halted, match=r"#2 has not come to the exchange after epoch 2: .*away"):
+        searcher._exchange(members, EPOCH)
+    assert read_population(sweep.folder) is None
+    again = searching(sweep)
+    assert {again._enter(member).state for member in again._found()} == {"open"}
+    assert again._exchange(members, EPOCH)[1:] == members[1:]
 
 
 def test_a_donor_without_its_checkpoint_is_told(sweep):

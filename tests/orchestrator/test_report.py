@@ -8,7 +8,14 @@ from trial_samples import sample_plan, sample_results
 
 from codetr.config import DetectorConfig
 from orchestrator.experiment import load_experiment
-from orchestrator.pictures import draw_ap_by_arm, draw_ap_by_epoch, draw_curves
+from orchestrator.files import as_far_as_possible
+from orchestrator.pictures import (
+    draw_all,
+    draw_ap_by_arm,
+    draw_ap_by_epoch,
+    draw_curves,
+    draw_detections,
+)
 from orchestrator.plan import Options, make_plan
 from orchestrator.records import note
 from orchestrator.report import (
@@ -17,6 +24,7 @@ from orchestrator.report import (
     markdown,
     summary_table,
     trial_table,
+    write_class_table,
     write_tables,
     write_trial_files,
 )
@@ -177,6 +185,43 @@ def test_files_of_a_trial(plan):
     assert [file.name for file in files] == ["config.yaml", "curves.png"]
     config = yaml.safe_load(files[0].read_text())
     assert DetectorConfig.model_validate(config["detector"]) == result.trial.detector
+
+
+@pytest.fixture
+def best(plan, tmp_path, coco_folder):
+    """A trial whose best checkpoint has all that is written beside it, half of it."""
+    result = sample_results(plan)[0]
+    folder = tmp_path / "epoch-0004"
+    folder.mkdir()
+    for name in ("per_class.json", "predictions.json"):
+        (folder / name).write_text('[{"half": 0.')
+    data = result.trial.data.model_copy(update={"dataset": "coco", "path": coco_folder})
+    trial = result.trial.model_copy(update={"data": data})
+    (plan.store / trial.name).mkdir(parents=True)
+    return replace(result, trial=trial, best=folder)
+
+
+@pytest.mark.parametrize(
+    ("write", "of", "missing"),
+    [
+        (write_class_table, "per_class.json", "no table per class is written"),
+        (draw_detections, "predictions.json", "no picture of detections is drawn"),
+    ],
+)
+def test_what_is_made_of_a_damaged_file_is_left_out_and_told(plan, best, write, of, missing):
+    said = []
+    given = [best] if write is draw_detections else best
+    assert as_far_as_possible(said.append, write, plan, given) == []
+    (line,) = said
+    assert line.startswith(f"{best.best / of}: damaged (")
+    assert line.endswith(f"): {missing}")
+
+
+def test_all_else_of_such_a_trial_is_written(plan, best):
+    files = write_trial_files(plan, best) + draw_all(plan, [best])
+    assert [file.name for file in files] == [
+        "config.yaml", "curves.png", "predictions.json", "ap_by_epoch.png", "ap_by_arm.png"
+    ]  # fmt: skip
 
 
 def test_a_full_disk_leaves_what_a_trial_is(plan, monkeypatch):

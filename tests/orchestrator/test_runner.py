@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import ray.train
 from trial_samples import sample_plan
 
 from codetr.config import ConfigError
@@ -10,7 +11,15 @@ from codetr.data import DataError
 from orchestrator.cluster import _require_answer
 from orchestrator.interrupt import Interrupts
 from orchestrator.invocation import Outcome, only_one, prepare_data
-from orchestrator.jobs import ForemanLost, failure_text, foreman_needed, result_on_disk
+from orchestrator.jobs import (
+    Fault,
+    ForemanLost,
+    Halted,
+    failure_text,
+    fit,
+    foreman_needed,
+    result_on_disk,
+)
 from orchestrator.lease import Leases
 from orchestrator.records import note
 from orchestrator.results import TrialResult
@@ -174,6 +183,7 @@ def test_nor_the_sweep(tmp_path, monkeypatch, fails):
     monkeypatch.setattr("orchestrator.search.fit", lambda *_, **_more: None)
     searcher = SimpleNamespace(acquire=Acquire)
     reason = train_leased(SimpleNamespace(plan=plan), trial, searcher, train)
+    assert isinstance(reason, Fault)
     assert reason.endswith("TimeoutError: the read timed out")
 
 
@@ -197,6 +207,31 @@ def test_the_end_of_the_foreman_is_told_in_one_line():
         raise_asking(ray.exceptions.RayActorError())
     with pytest.raises(ForemanLost, match="drives the trials: ValueError: no such metric: "):
         raise_asking(ray.exceptions.RayTaskError("search", "", ValueError("no such metric")))
+
+
+@pytest.mark.parametrize("kind", [Halted, ConfigError])
+def test_what_says_itself_what_to_do_is_told_alone(kind):
+    """Of a damaged file the same command makes the same."""
+    error = kind("population.json: damaged: remove it")
+    with pytest.raises(ForemanLost, match=r"^population\.json: damaged: remove it$"):
+        raise_asking(ray.exceptions.RayTaskError("search", "", error))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_training_has_not_said_itself_is_a_fault(tmp_path, monkeypatch, own):
+    def end():
+        if own:
+            return SimpleNamespace(return_value="loss not finite")
+        raise ray.train.TrainingFailedError("a worker died")
+
+    remote = SimpleNamespace(remote=lambda *_: 0)
+    board = SimpleNamespace(step=remote, leave_room=remote)
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("orchestrator.jobs._trainer", lambda *_, **_more: SimpleNamespace(fit=end))
+    plan = sample_plan(tmp_path)
+    reason = fit(plan, plan.trials[0], board, train)
+    assert reason.endswith("loss not finite" if own else "a worker died")
+    assert isinstance(reason, Fault) != own
 
 
 def raise_asking(error):

@@ -3,8 +3,10 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from trial_samples import sample_epoch
 
 from codetr.config import ConfigError
 from orchestrator.cli import main
@@ -13,7 +15,15 @@ from orchestrator.experiment import load_experiment
 from orchestrator.plan import Options, make_plan
 from orchestrator.records import keep_invocation, read_records
 from orchestrator.results import TrialResult
-from orchestrator.search import Entry, Ledger, grace_epochs, read_ledger, trial_of
+from orchestrator.search import (
+    Entry,
+    Ledger,
+    _trainable,
+    _tuner,
+    grace_epochs,
+    read_ledger,
+    trial_of,
+)
 from orchestrator.sweep import (
     Search,
     SweepOptions,
@@ -148,7 +158,7 @@ def test_a_damaged_note_is_named(tmp_path, content):
     sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",))
     require_same_sweep(sweep)
     (sweep.folder / "sweep.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"sweep\.json: (damaged|not as)"):
+    with pytest.raises(ConfigError, match=r"sweep\.json: (damaged|not as).*: .*give --name"):
         require_same_sweep(sweep)
 
 
@@ -169,8 +179,30 @@ def test_a_full_disk_leaves_no_half_of_a_note(tmp_path, monkeypatch):
 
 def test_a_damaged_ledger_is_named(tmp_path):
     (tmp_path / "suggestions.json").write_text("[{")
-    with pytest.raises(ConfigError, match=r"suggestions\.json: damaged"):
+    told = r"suggestions\.json: damaged \(.*\): remove it, and tune/ beside it .*; or give --name"
+    with pytest.raises(ConfigError, match=told):
         read_ledger(tmp_path)
+
+
+def test_tune_knows_the_grid_also_when_it_goes_on(tmp_path):
+    """Where it cannot read the rest it begins again, and would with a single empty suggestion."""
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",), searcher="grid")
+    for _ in range(2):
+        tuner = _tuner(sweep, lambda _config: None, "sweep", 1)
+        points = tuner._local_tuner.param_space["suggestion"]["grid_search"]
+        assert points == [{"lambda_1": 1}, {"lambda_1": 2}]
+    assert tuner._local_tuner._is_restored
+
+
+@pytest.mark.parametrize("searcher", ["grid", "optuna"])
+def test_what_tune_cannot_read_is_named_with_what_to_do(tmp_path, searcher):
+    """A full disk leaves half of it."""
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",), searcher=searcher)
+    folder = sweep.folder / "tune"
+    folder.mkdir(parents=True)
+    (folder / "tuner.pkl").write_bytes(b"\x80\x05half")
+    with pytest.raises(ConfigError, match=r"^\S*/tune: Ray Tune cannot .*: remove the folder: "):
+        _tuner(sweep, lambda _config: None, "sweep", 1)
 
 
 def trains(ledger, tune_id, suggestion, trial):
@@ -261,6 +293,48 @@ def test_what_tune_has_forgotten_after_its_end_is_no_suggestion_either(tmp_path)
     again.close({"new"})
     (left,) = read_ledger(tmp_path)
     assert (left.tune_id, left.state) == ("new", "finished")
+
+
+@pytest.fixture
+def in_tune(monkeypatch):
+    """As the trial t1 of Ray Tune, with a searcher that keeps only this ledger."""
+
+    def begin(ledger, trial):
+        remote = {
+            "claim": lambda tune_id, suggestion: ledger.claim(tune_id, suggestion, trial.id),
+            "first": ledger.first,
+            "failed": lambda tune_id, why: ledger.end(tune_id, "failed", why),
+        }
+        calls = {name: SimpleNamespace(remote=function) for name, function in remote.items()}
+        context = SimpleNamespace(get_trial_id=lambda: "t1")
+        monkeypatch.setattr("ray.get_actor", lambda _: SimpleNamespace(**calls))
+        monkeypatch.setattr("ray.get", lambda value: value)
+        monkeypatch.setattr("ray.tune.get_context", lambda: context)
+
+    return begin
+
+
+@pytest.mark.parametrize("first", ["t1", "t2"])
+@pytest.mark.parametrize("reason", [None, "what it has left cannot be read: TimeoutError: away"])
+def test_a_trial_without_its_metric_has_failed_for_its_own_reason(
+    tmp_path, monkeypatch, in_tune, first, reason
+):
+    """And not because Tune has lost its process; whether it has trained, or another for it."""
+    sweep = sample_sweep(tmp_path, over=("lambda_1=1,2",), metric="AP_large")
+    suggestion, ledger = {"lambda_1": 1}, Ledger(tmp_path)
+    trial = sweep.trial(suggestion)
+    in_tune(ledger, trial)
+    ledger.claim(first, suggestion, trial.id)
+    ledger.end(first, "finished")
+    history = [] if reason else [sample_epoch(1, 0.2)]
+    result = TrialResult(trial, "finished", history, reason)
+    monkeypatch.setattr("orchestrator.search._report_to_tune", lambda *_: None)
+    monkeypatch.setattr("orchestrator.search.train_leased", lambda *_, **_more: None)
+    monkeypatch.setattr("orchestrator.search.result_on_disk", lambda *_: result)
+    told = reason or "AP_large was not measured"
+    with pytest.raises(RuntimeError, match=told):
+        _trainable(sweep, None, "sweep")({"suggestion": suggestion})
+    assert (ledger.entries["t1"].state, ledger.entries["t1"].reason) == ("failed", told)
 
 
 def test_grace():

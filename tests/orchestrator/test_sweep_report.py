@@ -30,7 +30,7 @@ def sweep(tmp_path):
 
 
 @pytest.fixture
-def rows(sweep, monkeypatch):
+def rows(sweep):
     entries, results = [], {}
     for number, (k, heads, weight, aps, state) in enumerate(POINTS, start=1):
         suggestion = {"K": k, NAMES[k]: heads}
@@ -44,10 +44,7 @@ def rows(sweep, monkeypatch):
             epoch.values["cost/core_hours"] *= 1 + trial.detector.k
         ended = "finished" if len(history) == 2 else "interrupted"
         results.setdefault(trial.id, TrialResult(trial, ended, history))
-    monkeypatch.setattr(
-        "orchestrator.sweep_report.sweep_result", lambda _, entry: results[entry.trial]
-    )
-    return ranked(sweep, entries)
+    return ranked(sweep, entries, lambda entry: results[entry.trial])
 
 
 def test_the_finished_come_before_the_stopped_and_those_before_the_failed(rows):

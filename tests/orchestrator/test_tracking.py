@@ -188,14 +188,15 @@ def test_long_params_are_cut(plan):
 
 
 def test_per_class_table(plan, tmp_path):
-    from orchestrator.report import write_trial_files
+    from orchestrator.report import write_class_table, write_trial_files
 
     best = tmp_path / "epoch-0001"
     best.mkdir()
     (best / "per_class.json").write_text('{"cat": 0.25, "dog": 0.5}')
     (best / "predictions.json").write_text("[]")
     result = replace(sample_results(plan)[0], best=best)
-    files = {file.name: file for file in write_trial_files(plan, result)}
+    written = write_trial_files(plan, result) + write_class_table(plan, result)
+    files = {file.name: file for file in written}
     with files["per_class_AP.csv"].open() as file:
         assert list(csv.reader(file)) == [["class", "AP"], ["cat", "25.0"], ["dog", "50.0"]]
     assert files["predictions.json"].parent == best
