@@ -121,8 +121,9 @@ class PopulationSearcher(Searcher):
     def _enter(self, member: Member, origin: str = "") -> Entry:
         """The member's entry in the ledger: it begins, or is taken up again."""
         trial, entry = self._trial(member), self.ledger.entries.get(self._key(member))
-        # What has ended so did it in an invocation before this one.
-        if entry is None or entry.state in ("failed", "interrupted"):
+        # What has ended so did it in an invocation before this one; what was replaced in an
+        # exchange that was killed before it counted.
+        if entry is None or entry.state in ("failed", "interrupted", "stopped"):
             own = member.suggestion
             more = {"member": member.number, "turns": member.turns, "origin": origin, "named": own}
             self.ledger.claim(self._key(member), own, trial.id, **more)

@@ -112,6 +112,19 @@ def test_killed_before_it_was_written_down_the_same_comes_of_it(sweep):
     assert sorted(read_ledger(sweep.folder), key=lambda e: e.number) == before
 
 
+def test_replaced_in_an_exchange_that_does_not_count_it_is_trained_on(sweep):
+    """It was asked to stop, and killed just when another had come into its place."""
+    once = searching(sweep)
+    members = once.enter()
+    once._end(once._entry(members[0]), "interrupted")
+    once._exchange(members, EPOCH)
+    (sweep.folder / POPULATION).unlink()
+    again = searching(sweep)
+    assert again._enter(members[0]).state == "open"
+    assert [entry.number for entry in again.fetch_entries()] == [1]
+    assert again.plan.trials == (again._trial(members[0]),)
+
+
 def test_what_has_failed_is_replaced_and_stays_failed(sweep):
     searcher = searching(sweep)
     members = searcher.enter()
