@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -77,6 +77,19 @@ class ResNetConfig(_StagedConfig):
     """Batch norm keeps its running statistics and its affine parameters are not trained."""
     width: PositiveInt = 64
     """Width of the stem and base width of the stages (64 in every published ResNet)."""
+    dilated: bool = False
+    """The last stage has the stride of the one before, and dilated convolutions instead: the single
+    map of the detectors called DC5 (DETR, section 4)."""
+
+    @model_validator(mode="after")
+    def _dilated_alone(self) -> Self:
+        if self.dilated and self.stages != (4,):
+            raise ValueError("dilated makes two stages of one stride: set stages=[4]")
+        return self
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (16,) if self.dilated else super().strides
 
     @property
     def published(self) -> str | None:

@@ -273,7 +273,7 @@ class CoDETR(nn.Module):
         count, suppression = self.config.max_detections, self.config.soft_nms
         if not suppression.enabled:
             return best_pairs(prediction, batch.sizes, count)
-        pairs = best_pairs(prediction, batch.sizes, self.config.queries.count)
+        pairs = best_pairs(prediction, batch.sizes, self.config.queries.total)
         return [
             soft_nms(found, iou=suppression.iou, min_score=suppression.min_score, keep=count)
             for found in pairs

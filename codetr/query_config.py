@@ -17,6 +17,9 @@ class QueryConfig(Strict):
     """The one-to-one queries and how they are refined (method.md 14-23)."""
 
     count: PositiveInt = 300
+    patterns: PositiveInt | None = None
+    """One-stage only. So many learned contents, and a query for each of them at every one of
+    ``count`` places, which makes ``total`` queries (Anchor DETR, section 3.3; DAB-DETR)."""
     two_stage: bool = True
     """Queries start from the best encoder tokens; False: from learned embeddings (one stage)."""
     mixed_selection: bool = True
@@ -61,9 +64,19 @@ class QueryConfig(Strict):
                 "learned_content=false is for one-stage queries: set two_stage=false, or, for "
                 "content from the selected boxes, mixed_selection=false"
             )
+        if self.patterns is not None and (self.two_stage or self.learned_content):
+            raise ValueError(
+                "patterns are the contents of one-stage queries: set two_stage=false and "
+                "learned_content=false"
+            )
         if self.size_modulation and not self.dynamic_anchors:
             raise ValueError("size_modulation needs boxes with sizes: set dynamic_anchors=true")
         return self
+
+    @property
+    def total(self) -> int:
+        """How many queries there are."""
+        return self.count * (self.patterns or 1)
 
 
 class DenoisingConfig(Strict):

@@ -90,7 +90,7 @@ def detector_text(detector: DetectorConfig) -> str:
     sizes, queries = detector.transformer, detector.queries
     return (
         f"{detector.backbone.name}, {sizes.embed_dim} channels, {sizes.encoder_layers} + "
-        f"{sizes.decoder_layers} layers, {queries.count} queries, "
+        f"{sizes.decoder_layers} layers, {queries.total} queries, "
         f"{'two-stage' if queries.two_stage else 'one-stage'}"
     )
 

@@ -56,7 +56,12 @@ _WITHOUT_EFFECT = {
 their fingerprints."""
 
 _LATER = {
-    "detector": ("query_loss.federated", "one_to_many.average"),
+    "detector": (
+        "query_loss.federated",
+        "one_to_many.average",
+        "queries.patterns",
+        "backbone.dilated",
+    ),
     "training": ("ema", "ema_warmup"),
     "data": ("jitter", "copy_paste", "repeat_threshold"),
 }
@@ -136,6 +141,8 @@ def _identity(section: str, config: Strict) -> dict[str, Any]:
         holder, inner = config, values
         for part in outer:
             holder, inner = getattr(holder, part), inner[part]
+        if name not in inner:  # a backbone that cannot have it
+            continue
         value = getattr(holder, name)
         # Checkpoints hold their detector to every value, used or not: there it must be the default.
         unused = section == "data" and not getattr(value, "enabled", True)

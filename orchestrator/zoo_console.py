@@ -65,7 +65,7 @@ def show_conversion(out: Path, report: Report) -> None:
     detector, names = report.weights.detector, report.names
     print(
         f"{out}: {names[0] if names else detector.backbone.name}, "
-        f"K = {detector.k}, {detector.queries.count} queries, {detector.num_classes} classes; "
+        f"K = {detector.k}, {detector.queries.total} queries, {detector.num_classes} classes; "
         f"{report.tensors} tensors read"
     )
     print(f"  images: {image_size(report.weights.data)}")
@@ -108,7 +108,7 @@ def _sizes(entry: Entry) -> tuple[str, ...]:
         numbers = [*(f"{n / 1e6:.1f}" for n in parameters), f"{measured.gflops:,.0f}"]
     return (
         config.backbone.name,
-        str(config.queries.count),
+        str(config.queries.total),
         str(config.transformer.levels),
         str(config.k),
         entry.data,

@@ -186,6 +186,14 @@ def test_repeated_heads_have_names_of_their_own() -> None:
             "queries: learned_content=false is for one-stage queries: set two_stage=false",
         ),
         (
+            {"queries": {"patterns": 3, "two_stage": False}},
+            "queries: patterns are the contents of one-stage queries: set two_stage=false and",
+        ),
+        (
+            {"backbone": {"dilated": True}},
+            "dilated makes two stages of one stride: set stages=[4]",
+        ),
+        (
             {"queries": {"size_modulation": True}},
             "queries: size_modulation needs boxes with sizes: set dynamic_anchors=true",
         ),

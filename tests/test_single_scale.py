@@ -62,6 +62,30 @@ def test_heads_read_strides_8_to_128(kind: str) -> None:
     assert shapes == [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
 
 
+def test_heads_read_the_same_strides_of_a_dilated_map() -> None:
+    torch.manual_seed(0)
+    model = CoDETR(tiny_detector("atss", kind="dab-dc5"))
+    memory = model.encode(images([(100, 130), (64, 64)]))
+    assert memory.shapes == [(7, 9)]  # of stride 16
+    shapes = [tuple(level.shape[-2:]) for level in model.memory_pyramid(memory)]
+    assert shapes == [(14, 18), (7, 9), (4, 5), (2, 3), (1, 2)]
+
+
+def test_each_place_asks_with_each_pattern() -> None:
+    """All places with the first, then all with the second: as DAB-DETR's own code has them."""
+    torch.manual_seed(0)
+    model = CoDETR(tiny_detector(kind="dab-dc5"))
+    group = model.queries(model.encode(images([(64, 64), (64, 48)]))).group
+    queries = model.config.queries
+    assert group.content.shape == (2, queries.total, 32) == (2, 12, 32)
+    for number in range(queries.total):
+        pattern, place = divmod(number, queries.count)
+        assert torch.equal(group.content[1, number], model.queries.patterns.weight[pattern])
+        assert torch.equal(
+            group.reference[1, number], model.queries.anchors.weight[place].sigmoid()
+        )
+
+
 def test_anchors_beyond_the_image_are_no_candidates() -> None:
     """The finest map of an image of 100 x 130 has 16 x 20 cells, of which 13 x 17 have their
     centre in it."""

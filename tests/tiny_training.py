@@ -29,6 +29,17 @@ C5 = {
     "backbone": {"stages": [4]},
     "transformer": {"attention": "conditional", "levels": 1, "encoder_layers": 2},
 }
+DAB: dict[str, Any] = {
+    "backbone": C5["backbone"],
+    "transformer": {**C5["transformer"], "activation": "prelu", "scale_positions": True},
+    "queries": {
+        "learned_content": False,
+        "norm_states": True,
+        "dynamic_anchors": True,
+        "shared_branches": True,
+        "size_modulation": True,
+    },
+}
 KINDS: dict[str, dict[str, Any]] = {
     "one-stage": {},
     "unrefined": {"queries": {"box_refinement": False}},
@@ -62,16 +73,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "queries": {"box_refinement": False, "learned_content": False, "norm_states": True},
         "one_to_many": {"groups": 2, "queries": 12},
     },
-    "dab": {
-        "backbone": C5["backbone"],
-        "transformer": {**C5["transformer"], "activation": "prelu", "scale_positions": True},
-        "queries": {
-            "learned_content": False,
-            "norm_states": True,
-            "dynamic_anchors": True,
-            "shared_branches": True,
-            "size_modulation": True,
-        },
+    "dab": DAB,
+    "dab-dc5": {
+        **DAB,
+        "backbone": {**C5["backbone"], "dilated": True},
+        "queries": {**DAB["queries"], "count": 4, "patterns": 3},
     },
     "dn": {
         "transformer": {"scale_positions": True},

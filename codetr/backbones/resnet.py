@@ -43,7 +43,10 @@ def _build(config: ResNetConfig) -> Any:
     name = "resnet18" if config.name == "tiny" else config.name
     if config.width != 64:
         sizes = {"channels": tuple(config.width * 2**stage for stage in range(4)), **sizes}
-    body = timm.create_model(name, features_only=True, out_indices=config.stages, **sizes)
+    stride = 16 if config.dilated else 32
+    body = timm.create_model(
+        name, features_only=True, out_indices=config.stages, output_stride=stride, **sizes
+    )
     if config.width != 64 and config.name != "tiny":
         _narrow_stem(body, config.width)
     return body

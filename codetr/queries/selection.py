@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,12 @@ class QueryEmbeddings(nn.Module):
 
 class LearnedQueries(QueryEmbeddings):
     """One-stage queries: content, position and reference point are learned (Deformable DETR), or
-    content and box (DAB-DETR)."""
+    content and box (DAB-DETR); or each place asks with each of a few contents, the patterns."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__(config, config.queries.count)
+        patterns = config.queries.patterns
+        self.patterns = None if patterns is None else nn.Embedding(patterns, self.channels)
         if config.queries.dynamic_anchors:
             return
         if config.transformer.attention == "conditional":
@@ -70,7 +72,19 @@ class LearnedQueries(QueryEmbeddings):
             nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Memory) -> Selection:
-        return Selection(self.group(QUERY, self, memory))
+        group = self.group(QUERY, self, memory)
+        return Selection(group if self.patterns is None else self._repeated(group, self.patterns))
+
+    def _repeated(self, group: QueryGroup, patterns: nn.Embedding) -> QueryGroup:
+        """All the places with the first pattern, all with the second, and so on."""
+        times = patterns.num_embeddings
+        content = patterns.weight.repeat_interleave(self.count, dim=0)
+        return replace(
+            group,
+            content=content.expand(len(group.content), -1, -1),
+            position=None if group.position is None else group.position.repeat(1, times, 1),
+            reference=group.reference.repeat(1, times, 1),
+        )
 
     def group(self, name: str, learned: QueryEmbeddings, memory: Memory) -> QueryGroup:
         """The queries of ``learned`` for each image of the memory."""

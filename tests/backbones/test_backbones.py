@@ -159,6 +159,22 @@ def test_resnet_is_torchvisions_of_a_file_of_theirs(name: str, tmp_path: Path) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_a_dilated_resnet_is_torchvisions(name: str, tmp_path: Path) -> None:
+    """Which is the one that DETR has, and all that are called DC5."""
+    dilated = [False, False, True]
+    theirs = torchvision.models.get_model(name, replace_stride_with_dilation=dilated).eval()
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    file = str(tmp_path / "weights.pth")
+    ours = build(name=name, pretrained=file, stages=[4], dilated=True).eval()
+    pixels = torch.randn(2, 3, 67, 90)
+    (found,) = ours(pixels)
+    expected = create_feature_extractor(theirs, ["layer4"])(pixels)["layer4"]
+    assert found.shape[-2:] == (5, 6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_swin_is_timms_where_windows_fill_the_map() -> None:
     ours = build(**{**SWIN, "stages": [1, 2, 3, 4]}).eval()
     assert isinstance(ours, Swin)

@@ -7,6 +7,7 @@ import torch
 from transformers_single_scale import (
     CONDITIONAL,
     DAB,
+    DAB_DC5,
     build_peer,
     load_peer_weights,
     our_names,
@@ -20,7 +21,9 @@ from codetr.queries.selection import QUERY
 from codetr.structures import ImageBatch
 from codetr.zoo import detector_config
 
-BOTH = pytest.mark.parametrize("config", [CONDITIONAL, DAB], ids=["conditional", "dab"])
+ALL = pytest.mark.parametrize(
+    "config", [CONDITIONAL, DAB, DAB_DC5], ids=["conditional", "dab", "dab-dc5"]
+)
 
 
 def padded_batch() -> ImageBatch:
@@ -33,7 +36,7 @@ def padded_batch() -> ImageBatch:
     return ImageBatch(pixels, sizes)
 
 
-@BOTH
+@ALL
 def test_logits_boxes_and_gradients_are_transformers(config: DetectorConfig) -> None:
     torch.manual_seed(0)
     peer, model = build_peer(config).eval(), CoDETR(config).eval()
@@ -70,7 +73,7 @@ def test_logits_boxes_and_gradients_are_transformers(config: DetectorConfig) -> 
         assert (ours[name] - gradient).abs().max() < 1e-3 * scale, name
 
 
-@pytest.mark.parametrize("name", ["conditional-detr-c5-r50", "dab-detr-c5-r50"])
+@pytest.mark.parametrize("name", ["conditional-detr-c5-r50", "dab-detr-c5-r50", "dab-detr-dc5-r50"])
 def test_the_zoos_detectors_have_transformers_parameters(name: str) -> None:
     """At full size, name by name and shape by shape, apart from the backbone's norms."""
     settings = detector_config(name).model_dump(mode="json")

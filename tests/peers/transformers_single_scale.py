@@ -62,6 +62,12 @@ DAB = DetectorConfig.model_validate(
         | {"dynamic_anchors": True, "shared_branches": True, "size_modulation": True},
     }
 )
+DAB_DC5 = DAB.model_copy(
+    update={
+        "backbone": DAB.backbone.model_copy(update={"dilated": True}),
+        "queries": DAB.queries.model_copy(update={"patterns": 3}),
+    }
+)
 
 
 def build_peer(config: DetectorConfig) -> Peer:
@@ -75,6 +81,7 @@ def build_peer(config: DetectorConfig) -> Peer:
             "features_only": True,
             "use_pretrained_backbone": False,
             "out_indices": [*config.backbone.stages],
+            "output_stride": 16 if config.backbone.dilated else 32,
         },
         "num_labels": config.num_classes,
         "num_queries": config.queries.count,
@@ -87,6 +94,7 @@ def build_peer(config: DetectorConfig) -> Peer:
         "dropout": 0.0,
     }
     if config.queries.dynamic_anchors:
+        common["num_patterns"] = config.queries.patterns or 0
         return DabDetrForObjectDetection(DabDetrConfig(hidden_size=sizes.embed_dim, **common))
     return ConditionalDetrForObjectDetection(
         ConditionalDetrConfig(d_model=sizes.embed_dim, **common)
@@ -117,6 +125,7 @@ NAMES = [
     (r"model\.input_projection\.", "neck.conv."),
     (r"model\.query_position_embeddings\.", "queries.position."),
     (r"model\.query_refpoint_embeddings\.", "queries.anchors."),
+    (r"model\.patterns\.", "queries.patterns."),
     (r"class_(labels_classifier|embed)\.", "decoder.classify.0."),
     (r"bbox_predictor\.layers\.0\.", "decoder.regress.0.0."),
     (r"bbox_predictor\.layers\.1\.", "decoder.regress.0.2."),

@@ -66,7 +66,7 @@ def test_table_4_is_of_these_detectors(row: dict[str, object]) -> None:
         for e in found
         if not e.unavailable
         and e.config.backbone.name == families[row["backbone"]]
-        and e.config.queries.count == row["queries"]
+        and e.config.queries.total == row["queries"]
         and e.config.transformer.levels == row.get("levels", e.config.transformer.levels)
     ]
     assert fits
