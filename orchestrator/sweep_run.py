@@ -108,10 +108,12 @@ class _SweepRun(Invocation):
             self._search()
 
     def _take_over(self, before: list[Entry]) -> None:
-        # Other suggestions that stand for the same trial have no run of their own.
-        first = {entry.trial: entry.tune_id for entry in reversed(before)}
-        for entry in before:
-            if is_done(entry) and first[entry.trial] == entry.tune_id:
+        # Other suggestions that stand for the same trial have no run of their own. The first that
+        # is done is the one that the ledger goes by, also where one before it is left open.
+        done = [entry for entry in before if is_done(entry)]
+        first = {entry.trial: entry.tune_id for entry in reversed(done)}
+        for entry in done:
+            if first[entry.trial] == entry.tune_id:
                 self.tell.adopt(self._trial(entry))
                 self._end(entry)
 
