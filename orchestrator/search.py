@@ -130,9 +130,13 @@ class Ledger:
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
             self._write()
-        return self.first(trial)
+            return self._first(trial)
 
     def first(self, trial: str) -> Entry:
+        with self._lock:  # others are claimed meanwhile
+            return self._first(trial)
+
+    def _first(self, trial: str) -> Entry:
         return next(entry for entry in self.entries.values() if entry.trial == trial)
 
     def end(self, tune_id: str, state: Progress, reason: str = "") -> None:
