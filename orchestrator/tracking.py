@@ -220,7 +220,8 @@ class Tracker:
         other = copy(self)
         other.parent = parent
         if parent.startswith(_LATER):
-            other.parent = self.start(parent, self.invocation_tags, time.time())
+            known = self._parent_of(parent)  # the tags ask git
+            other.parent = known or self.start(parent, self.invocation_tags, time.time())
         return other
 
     # ------------------------------------------------------------------------------------- a trial
