@@ -486,6 +486,13 @@ def is_done(entry: Entry) -> bool:
     return entry.state in ("finished", "stopped")
 
 
+def firsts(entries: list[Entry]) -> dict[str, Entry]:
+    """By trial, of the suggestions that stand for it the one that the :class:`Ledger` goes by: the
+    first that is done, also behind one that two kills have left open."""
+    ordered = sorted(entries, key=lambda entry: not is_done(entry))
+    return {entry.trial: entry for entry in reversed(ordered)}
+
+
 def is_complete(sweep: Sweep, entries: list[Entry]) -> bool:
     """Whether every suggestion was made, and has finished or was stopped by the scheduler; of a
     population, whether every place has finished, whoever failed there before."""

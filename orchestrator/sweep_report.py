@@ -15,7 +15,7 @@ from orchestrator.files import write_whole
 from orchestrator.results import TrialResult, Value
 from orchestrator.results import row as trial_row
 from orchestrator.schedule import schedule_text
-from orchestrator.search import Entry, sweep_result
+from orchestrator.search import Entry, firsts, sweep_result
 from orchestrator.space import Dimension
 from orchestrator.sweep import Sweep, suggestion_text
 
@@ -58,9 +58,7 @@ class Row:
 
 def ranked(sweep: Sweep, entries: list[Entry]) -> list[Row]:
     """Every suggestion, the best first; equal trials have equal ranks."""
-    states: dict[str, Entry] = {}
-    for entry in entries:
-        states.setdefault(entry.trial, entry)
+    states = firsts(entries)
     rows = []
     for entry in entries:
         first = states[entry.trial]

@@ -27,6 +27,7 @@ from orchestrator.report import write_trial_files
 from orchestrator.search import (
     Entry,
     Searcher,
+    firsts,
     is_complete,
     is_done,
     read_ledger,
@@ -108,12 +109,10 @@ class _SweepRun(Invocation):
             self._search()
 
     def _take_over(self, before: list[Entry]) -> None:
-        # Other suggestions that stand for the same trial have no run of their own. The first that
-        # is done is the one that the ledger goes by, also where one before it is left open.
-        done = [entry for entry in before if is_done(entry)]
-        first = {entry.trial: entry.tune_id for entry in reversed(done)}
-        for entry in done:
-            if first[entry.trial] == entry.tune_id:
+        # Other suggestions that stand for the same trial have no run of their own.
+        first = firsts(before)
+        for entry in before:
+            if is_done(entry) and first[entry.trial] is entry:
                 self.tell.adopt(self._trial(entry))
                 self._end(entry)
 
