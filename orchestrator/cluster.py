@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,11 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 _LOCAL_ENVIRONMENT = {
-    # Other users of this machine reach 127.0.0.1, too. Ray makes a token where there is none.
+    # Other users of this machine reach 127.0.0.1, too.
     "RAY_AUTH_MODE": "token",
     # Watches for nodes about to be taken away: a process for each trial, and there is one node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-_TOKEN_FILE = Path("~/.ray/auth_token").expanduser()
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Only arguments and reports pass through it; the default is a third of the memory."""
 
@@ -67,7 +68,7 @@ class Cluster:
         """Join the plan's cluster, or start one on this machine.
 
         Raises:
-            ConfigError: the cluster does not answer.
+            ConfigError: the cluster does not answer, or there is no place for a token.
         """
         import ray
 
@@ -80,6 +81,8 @@ class Cluster:
         if self.plan.address is not None:
             self._join(self.plan.address, quiet)
             return
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            _prepare_token()
         context = ray.init(
             address="local",
             num_cpus=local_cpus(),
@@ -194,12 +197,52 @@ def show_token() -> None:
     """Have this process, and Ray's commands that it starts, show the token."""
     for key, value in authentication().items():
         os.environ.setdefault(key, value)
+    _hide(_token_file())
 
 
 def authentication() -> dict[str, str]:
     """Have Ray show its token where there is one: a cluster that wants none does not mind."""
-    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    return {"RAY_AUTH_MODE": "token"} if given or _TOKEN_FILE.exists() else {}
+    return {"RAY_AUTH_MODE": "token"} if _token_is_given() or _token_file().exists() else {}
+
+
+def _token_file() -> Path:
+    """Where Ray looks for a token that the environment does not give."""
+    return Path("~/.ray/auth_token").expanduser()
+
+
+def _token_is_given() -> bool:
+    return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+
+
+def _prepare_token() -> None:
+    """Have a token that no other user can read, before Ray makes one that all can.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if _token_is_given():
+        return
+    path = _token_file()
+    try:
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(file, "w") as stream:
+            stream.write(secrets.token_hex(32))  # as Ray does
+    except FileExistsError:
+        _hide(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}: Ray keeps its token there; set "
+            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has one"
+        ) from None
+
+
+def _hide(path: Path) -> None:
+    """Take a file of ours from the eyes of others, as far as its file system lets us."""
+    with suppress(OSError):
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
 
 
 def _require_answer(address: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from urllib.error import HTTPError
 
 from codetr.config import ConfigError
@@ -23,21 +24,30 @@ _AWS, _GCP = "http://169.254.169.254", "http://metadata.google.internal"
 
 
 def leave(seconds: int, why: str) -> int:
-    """Tell Ray that this node goes away in so many seconds; returns its command's exit code."""
-    return run_ray(
-        [
-            "ray", "drain-node", "--reason=DRAIN_NODE_REASON_PREEMPTION",
-            f"--reason-message={why}", f"--deadline-remaining-seconds={seconds}",
-        ]
-    )  # fmt: skip
+    """Tell Ray that this node goes away in so many seconds, again and again until it has taken note
+    or they are over; returns the exit code of its command."""
+    end = time.monotonic() + seconds
+    while True:
+        code = run_ray(
+            [
+                "ray", "drain-node", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                f"--reason-message={why}",
+                f"--deadline-remaining-seconds={max(0, round(end - time.monotonic()))}",
+            ]
+        )  # fmt: skip
+        if code == 0 or time.monotonic() + _POLL_SECONDS >= end:
+            return code
+        print("Ray has taken no note of it; trying again", flush=True)
+        time.sleep(_POLL_SECONDS)
 
 
 def leave_and_stay(seconds: int) -> int:
-    """The same, and keep the caller waiting for as long: a pod's processes are ended when this
+    """The same, and keep the caller waiting until then: a pod's processes are ended when this
     returns. With nothing left to do, Ray ends by itself, and so the pod, before that."""
+    end = time.monotonic() + seconds
     code = leave(seconds, "the pod ends")
     if code == 0:
-        time.sleep(seconds)
+        time.sleep(max(0.0, end - time.monotonic()))
     return code
 
 
@@ -62,7 +72,10 @@ def wait_for_notice(cloud: str) -> int:
         try:
             if is_taken(server):
                 return seconds
-        except OSError as error:  # it is away for a moment, or this is no machine of that cloud
+        except (
+            OSError,
+            HTTPException,
+        ) as error:  # it is away for a moment, or this is no machine of that cloud
             if (text := one_line(error)) != told:
                 print(f"metadata of {cloud}: {text}; trying again", flush=True)
             told = text

@@ -363,10 +363,22 @@ def _result_on_disk(plan: Plan, trial: Trial) -> TrialResult:
     if stored is None:
         return _without_ledger(plan, trial, storage)
     history = [Epoch.read(row) for row in (stored.metrics or {}).get("history", [])]
-    scored = [(m["AP"], c) for c, m in stored.best_checkpoints or [] if m.get("AP") is not None]
+    scored = [
+        (metrics["AP"], checkpoint)
+        for checkpoint, metrics in stored.best_checkpoints or []
+        if metrics.get("AP") is not None and _is_of(history, metrics)
+    ]
     # Of equal ones the last, which was kept for it.
     best = max(reversed(scored), key=lambda pair: pair[0])[1] if scored else stored.checkpoint
     return _result(plan, trial, storage, history, best and best.path)
+
+
+def _is_of(history: History, metrics: dict[str, Any]) -> bool:
+    """Whether a checkpoint's last epoch is the one in the trial's history: one that was damaged
+    stays in Ray's ledger, beside those of the same epochs trained again."""
+    own = [Epoch.read(row) for row in metrics.get("history", [])]
+    then = history[: len(own)]
+    return not own or (len(then) == len(own) and then[-1].time == own[-1].time)
 
 
 def _without_ledger(plan: Plan, trial: Trial, storage: Storage) -> TrialResult:

@@ -106,17 +106,20 @@ class Leases:
             if path.exists() and not has_lapsed(path):
                 return Lease.read(path) or Lease(Owner("unknown", 0, 0), "unknown", time.time())
             path.unlink(missing_ok=True)
-            content = json.dumps(asdict(Lease(self.owner, self.name, time.time())))
-            # Exclusive: also where a file system does not honour the lock above.
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            try:
-                with os.fdopen(file, "w") as stream:
-                    stream.write(content)
-            except BaseException:  # half of it, on a full disk, would be nobody's to give back
-                path.unlink(missing_ok=True)
-                raise
+            self._write(path)
         self._held.add(trial)
         return None
+
+    def _write(self, path: Path) -> None:
+        content = json.dumps(asdict(Lease(self.owner, self.name, time.time())))
+        # Exclusive: also where a file system does not honour the lock of _alone.
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            with os.fdopen(file, "w") as stream:
+                stream.write(content)
+        except BaseException:  # half of it, on a full disk, would be nobody's to give back
+            path.unlink(missing_ok=True)
+            raise
 
     def release(self, trial: str) -> None:
         """Give a lease back, unless another has taken it meanwhile."""
@@ -152,7 +155,7 @@ class Leases:
 
     def _beat(self, trial: str) -> None:
         """Touch the lease, unless another has taken it: to go on would be to train it twice."""
-        lease = Lease.read(self.folder / trial)
+        lease = Lease.read(self.folder / trial) or self._take_again(trial)
         if lease is None or trial not in self._held:  # being written, or given back meanwhile
             return
         if lease.owner == self.owner:
@@ -162,6 +165,19 @@ class Leases:
             self._on_loss()
         self.lost[trial] = lease
         self._held.discard(trial)
+
+    def _take_again(self, trial: str) -> Lease | None:
+        """Write the lease where it is gone; returns the one that is there then, whosever it is.
+
+        It lapsed while this process slept, and another has removed it, or trained and given it
+        back. To go on costs no more than to train it twice; without a lease others would join in.
+        """
+        path = self.folder / trial
+        if self.folder.is_dir():  # else the file server is away, and says nothing of the lease
+            with self._alone():
+                if trial in self._held and not path.exists():
+                    self._write(path)
+        return Lease.read(path)
 
 
 def has_lapsed(path: Path) -> bool:

@@ -170,8 +170,8 @@ class Recorder:
         A store that has taken something of the experiment before may be away now: it is told later.
 
         Raises:
-            TrackingError: the store cannot be reached for the first time, or its address makes no
-                sense.
+            TrackingError: the store cannot be reached for the first time, its address makes no
+                sense, or the experiment was deleted there.
         """
         path = outbox_path(plan)
         known = path.with_suffix(".known")
@@ -267,7 +267,8 @@ class Recorder:
             self._say(f"{self.outbox.path}: left out what makes no sense: {one_line(error)}")
         except Exception as error:  # a store's failure must never be the training's
             text = one_line(error)
-            if is_permanent(error):
+            # What keeps us from connecting is no fault of this operation.
+            if self.tracker.is_connected and is_permanent(error):
                 self._say(f"MLflow: {text}")
                 return True
             if is_first:

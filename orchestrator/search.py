@@ -136,9 +136,13 @@ class Ledger:
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
             self._write()
-        return self.first(trial)
+            return self._first(trial)
 
     def first(self, trial: str) -> Entry:
+        with self._lock:  # others are claimed meanwhile
+            return self._first(trial)
+
+    def _first(self, trial: str) -> Entry:
         return next(entry for entry in self.entries.values() if entry.trial == trial)
 
     def end(self, tune_id: str, state: Progress, reason: str = "") -> None:
@@ -510,6 +514,13 @@ def trial_of(sweep: Sweep, entry: Entry) -> Trial:
 
 def is_done(entry: Entry) -> bool:
     return entry.state in ("finished", "stopped")
+
+
+def firsts(entries: list[Entry]) -> dict[str, Entry]:
+    """By trial, of the suggestions that stand for it the one that the :class:`Ledger` goes by: the
+    first that is done, also behind one that two kills have left open."""
+    ordered = sorted(entries, key=lambda entry: not is_done(entry))
+    return {entry.trial: entry for entry in reversed(ordered)}
 
 
 def is_complete(sweep: Sweep, entries: list[Entry]) -> bool:

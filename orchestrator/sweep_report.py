@@ -16,7 +16,7 @@ from orchestrator.files import write_whole
 from orchestrator.results import TrialResult, Value
 from orchestrator.results import row as trial_row
 from orchestrator.schedule import schedule_text
-from orchestrator.search import Entry
+from orchestrator.search import Entry, firsts
 from orchestrator.space import Dimension
 from orchestrator.sweep import Sweep, suggestion_text
 
@@ -65,9 +65,7 @@ def ranked(
     Args:
         result_of: what the trial of a suggestion, its first, has come to.
     """
-    states: dict[str, Entry] = {}
-    for entry in entries:
-        states.setdefault(entry.trial, entry)
+    states = firsts(entries)
     results = {trial: result_of(first) for trial, first in states.items()}
     rows = []
     for entry in entries:

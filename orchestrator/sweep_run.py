@@ -28,6 +28,7 @@ from orchestrator.results import TrialResult
 from orchestrator.search import (
     Entry,
     Searcher,
+    firsts,
     is_complete,
     is_done,
     read_ledger,
@@ -112,10 +113,10 @@ class _SweepRun(Invocation):
 
     def _take_over(self, before: list[Entry]) -> None:
         # Other suggestions that stand for the same trial have no run of their own.
-        first = {entry.trial: entry.tune_id for entry in reversed(before)}
+        first = firsts(before)
         patience = Patience()
         for entry in before:
-            if is_done(entry) and first[entry.trial] == entry.tune_id:
+            if is_done(entry) and first[entry.trial] is entry:
                 self.tell.adopt(self._trial(entry))
                 self._end(entry, patience)
 

@@ -73,7 +73,8 @@ class Tracker:
                 written; :attr:`away` says why it did not.
 
         Raises:
-            TrackingError: it cannot be reached, or its address makes no sense.
+            TrackingError: it cannot be reached, its address makes no sense, or waiting would not
+                help, as where the experiment was deleted.
         """
         # Repeating is the Recorder's business: MLflow's client would create a run once more where
         # the answer to its request is lost.
@@ -94,22 +95,38 @@ class Tracker:
         self.away: str | None = None
         try:
             self.parent = self.start(self.parent, self.invocation_tags, time.time())
+        except TrackingError:
+            raise
         except Exception as error:  # whatever the store's own library raises
-            self.away = (
-                f"--tracking-uri {without_secrets(plan.tracking_uri)}: cannot be used: "
-                f"{one_line(error, plan.tracking_uri)}"
-            )
-            if not may_wait:
+            self.away = f"{self._named}: cannot be used: {one_line(error, plan.tracking_uri)}"
+            if not may_wait or is_permanent(error):
                 raise TrackingError(self.away) from None
+
+    @property
+    def _named(self) -> str:
+        """The store, as the user has given it."""
+        return f"--tracking-uri {without_secrets(self.plan.tracking_uri)}"
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the store has answered, and the experiment is there to be written."""
+        return self.client is not None
 
     def _connect(self) -> None:
         if self.client is None:
-            client, self.experiment_id = self._open()
+            client, experiment = self._open()
+            if experiment.lifecycle_stage == "deleted":
+                number = experiment.experiment_id
+                raise TrackingError(
+                    f"{self._named}: the experiment '{self.plan.name}' was deleted there: restore "
+                    f"it ('mlflow experiments restore -x {number}'), or give another --name"
+                )
+            self.experiment_id = str(experiment.experiment_id)
             self._close_stale_runs(client)
             self.client = client
 
-    def _open(self) -> tuple[Any, str]:
-        """A client of the store, which is made ready, and the id of the experiment."""
+    def _open(self) -> tuple[Any, Any]:
+        """A client of the store, which is made ready, and the experiment, which may be deleted."""
         if self._is_server:
             return self._client_and_experiment()
         from sqlalchemy import create_engine
@@ -129,17 +146,18 @@ class Tracker:
     def _is_server(self) -> bool:
         return self.plan.tracking_uri.startswith(("http://", "https://"))
 
-    def _client_and_experiment(self) -> tuple[Any, str]:
+    def _client_and_experiment(self) -> tuple[Any, Any]:
         from mlflow import MlflowClient
 
         client = MlflowClient(self.plan.tracking_uri)
         found = client.get_experiment_by_name(self.plan.name)
         if found is not None:
-            return client, str(found.experiment_id)
+            return client, found
         # A server has its own place for artifacts; beside a database they lie with the runs.
         place = self.plan.output / "artifacts" / self.plan.name
         artifacts = None if self._is_server else place.as_uri()
-        return client, str(client.create_experiment(self.plan.name, artifact_location=artifacts))
+        made = client.create_experiment(self.plan.name, artifact_location=artifacts)
+        return client, client.get_experiment(made)
 
     @staticmethod
     def _close_stale_runs(client: Any) -> None:
@@ -202,7 +220,8 @@ class Tracker:
         other = copy(self)
         other.parent = parent
         if parent.startswith(_LATER):
-            other.parent = self.start(parent, self.invocation_tags, time.time())
+            known = self._parent_of(parent)  # the tags ask git
+            other.parent = known or self.start(parent, self.invocation_tags, time.time())
         return other
 
     # ------------------------------------------------------------------------------------- a trial

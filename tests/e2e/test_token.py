@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
 def test_a_local_ray_asks_for_its_token(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray finds no token, and makes one
+    monkeypatch.setenv("HOME", str(tmp_path))  # where there is no token
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SAMPLES), *filter(None, sys.path)]))
 
     def ask(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +52,7 @@ def test_a_local_ray_asks_for_its_token(tmp_path, monkeypatch):
         assert started.stdout is not None
         address = started.stdout.readline().strip()
         assert address.startswith("127.0.0.1:")
+        assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
         assert ask(RAY_AUTH_MODE="token").stdout == "1\n"  # one node
         for stranger in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, {}):
             refused = ask(**{"RAY_AUTH_MODE": "disabled", **stranger})

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from laboratory import PATIENCE, descendants, free_port
+from laboratory import CODETR, PATIENCE, descendants, free_port
 
 RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")
 _MEMORY = "--object-store-memory=100000000"
@@ -35,6 +35,12 @@ class Place:
 def on_loopback(number: int) -> Place:
     """All of 127.0.0.0/8 is this machine: the nodes have addresses of their own."""
     return Place(f"127.0.0.{number}")
+
+
+def apart(number: int) -> Place:
+    """The same, of a node whose processes see no others: which node a command runs on, Ray tells by
+    the processes that it finds beside it."""
+    return Place(f"127.0.0.{number}", ("unshare", "--pid", "--fork", "--mount-proc"))
 
 
 HEAD = on_loopback(1)
@@ -78,18 +84,20 @@ class RayNodes:
         process.wait()
 
     def drain(self, place: Place, seconds: int) -> None:
-        """Tell Ray, as a cloud does, that a node is going to be taken away in so many seconds."""
-        find = (
-            f"import ray; ray.init({self.address!r}, logging_level='ERROR', log_to_driver=False); "
-            f"print(*[n['NodeID'] for n in ray.nodes() "
-            f"if n['Alive'] and n['NodeManagerAddress'] == {place.ip!r}])"
-        )
-        (node,) = self._ask(sys.executable, "-c", find).split()
-        self._ask(
-            *RAY, "drain-node", f"--address={self.address}", f"--node-id={node}",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
-            f"--deadline-remaining-seconds={seconds}",
+        """Have ``codetr`` tell Ray, as after a cloud's notice, that the node on which it runs is
+        going to be taken away; returns after so many seconds.
+
+        Args:
+            place: one whose processes see no other node's: see :func:`apart`.
+        """
+        inside = psutil.Process(self._running[place.ip].pid).children()[0].pid
+        drained = subprocess.run(
+            ["nsenter", f"--target={inside}", "--pid", "--mount", *CODETR,
+             "cluster", "drain", "--within", str(seconds)],
+            env={**os.environ, **self.environment, "RAY_ADDRESS": self.address},
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
+        assert drained.returncode == 0, drained.stdout + drained.stderr
 
     def stop(self) -> None:
         for place in [*self._running]:
@@ -106,12 +114,6 @@ class RayNodes:
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._wait_for(place, log)
-
-    def _ask(self, *words: str) -> str:
-        environment = {**os.environ, **self.environment}
-        done = subprocess.run(words, check=False, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
     def _wait_for(self, place: Place, log: Path) -> None:
         deadline = time.monotonic() + PATIENCE

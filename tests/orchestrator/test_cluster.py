@@ -1,3 +1,6 @@
+import os
+import re
+import stat
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +10,7 @@ from ray._private.state import state
 from trial_samples import sample_plan
 
 from codetr.config import ConfigError
-from orchestrator.cluster import _ENVIRONMENT, _LOCAL_ENVIRONMENT, Cluster
+from orchestrator.cluster import _ENVIRONMENT, _LOCAL_ENVIRONMENT, Cluster, show_token
 from orchestrator.experiment import Resources
 
 
@@ -67,3 +70,63 @@ def test_a_range_of_workers_runs_where_the_fewest_have_room(slots):
     assert slots((16, 0), (8, 0), workers="2-8") == 3
     with pytest.raises(ConfigError, match=r"needs 2 worker\(s\) of 1 CPUs"):
         slots((1, 0), workers="2-8")
+
+
+@pytest.fixture
+def start_local(tmp_path, monkeypatch):
+    """Starts a local cluster, but for Ray itself, in a new home; returns its token's file."""
+    for key, value in (_ENVIRONMENT | _LOCAL_ENVIRONMENT).items():
+        monkeypatch.setenv(key, value)
+    for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    started = SimpleNamespace(address_info={"session_dir": "session"})
+    monkeypatch.setattr(ray, "init", lambda **_: started)
+
+    def start():
+        Cluster(sample_plan(tmp_path / "runs")).start()
+        return tmp_path / ".ray" / "auth_token"
+
+    return start
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_no_other_user_reads_the_token(start_local):
+    token = start_local()
+    assert mode(token) == 0o600
+    assert re.fullmatch("[0-9a-f]{64}", token.read_text())
+    before = token.read_text()
+    token.chmod(0o644)  # as Ray makes it
+    assert start_local().read_text() == before
+    assert mode(token) == 0o600
+
+
+def test_a_token_of_ones_own_is_left_alone(start_local, tmp_path, monkeypatch):
+    given = tmp_path / "given"
+    given.write_text("abc")
+    before = mode(given)
+    for key, value in {"RAY_AUTH_TOKEN_PATH": str(given), "RAY_AUTH_TOKEN": "abc"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(key, value)
+            assert not start_local().exists()
+    assert mode(given) == before
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert not start_local().exists()
+
+
+def test_a_home_that_takes_no_token(start_local, tmp_path):
+    (tmp_path / ".ray").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"auth_token: cannot be written: .*RAY_AUTH_TOKEN"):
+        start_local()
+
+
+def test_a_token_that_is_shown_is_hidden_from_others(start_local, monkeypatch):
+    token = start_local()
+    token.chmod(0o644)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    show_token()
+    assert mode(token) == 0o600
+    assert os.environ.pop("RAY_AUTH_MODE") == "token"

@@ -1,5 +1,6 @@
 """Which checkpoint a trial goes on from, if the disk has not kept the last one."""
 
+import asyncio
 import dataclasses
 import errno
 import json
@@ -8,6 +9,10 @@ import zipfile
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from ray.train import Checkpoint, CheckpointConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
 from trial_samples import sample_epoch, sample_plan
 
 from codetr.checkpoint import FILE_NAME, CheckpointError, save_checkpoint
@@ -213,6 +218,36 @@ def test_without_a_ledger_only_a_sound_checkpoint_is_a_trials_end(trial, tmp_pat
     lose(last(plan.store / plan.trials[0].name))
     result = result_on_disk(plan, plan.trials[0])
     assert (result.state, len(result.history)) == ("interrupted", 3)
+
+
+async def report(plan, *epochs):
+    """Ray's own ledger of checkpoints after these epochs, each (number, AP, time, history before);
+    AP None: within the next epoch."""
+    place = StorageContext(str(plan.store), plan.trials[0].name)
+    manager = CheckpointManager(CheckpointConfig(), place)
+    for index, (number, ap, time, before) in enumerate(epochs):
+        history = [*before]
+        metrics = {}
+        if ap is not None:
+            history.append(dataclasses.replace(sample_epoch(number, ap), time=time))
+            metrics["AP"] = ap
+        metrics["history"] = [dataclasses.asdict(epoch) for epoch in history]
+        path = f"{place.experiment_fs_path}/{checkpoint_name(number, 9, str(index))}"
+        place.storage_filesystem.create_dir(path)
+        checkpoint = Checkpoint(path, place.storage_filesystem)
+        manager.register_checkpoint(_TrainingReport(checkpoint, metrics, False))
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.4, "2"), (0.05, "0"), (None, "0")])
+def test_a_damaged_checkpoint_is_never_the_best(tmp_path, again, best):
+    """That of epoch 2 was, and the epoch is trained again, to the end or not yet."""
+    plan = sample_plan(tmp_path)
+    first = [dataclasses.replace(sample_epoch(1, 0.1), time=1.0)]
+    damaged, anew = (2, 0.5, 2.0, first), (2 if again else 1, again, 3.0, first)
+    asyncio.run(report(plan, (1, 0.1, 1.0, []), damaged, anew))
+    result = result_on_disk(plan, plan.trials[0])
+    assert result.best.name.rpartition("-")[2] == best
+    assert result.weights == str(result.best)
 
 
 def test_none_if_all_are_damaged(trial):

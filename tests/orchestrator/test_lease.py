@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.files import write_whole
 from orchestrator.lease import LAPSE_SECONDS, Lease, Leases, has_lapsed, holder
@@ -131,6 +132,53 @@ def take_away(leases, trial):
     taken = path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1')
     write_whole(path, taken)
     return taken
+
+
+def test_a_lease_that_is_gone_is_taken_again(tmp_path):
+    """Another had it while this process slept, and has given it back: a third one must not join."""
+    lost = []
+    with Leases(tmp_path, "first", heartbeat=0.05, on_loss=lambda: lost.append(1)) as leases:
+        leases.acquire("trial")
+        path = leases.folder / "trial"
+        path.unlink()
+        wait_until(path.exists)
+        wait_until(lambda: Lease.read(path))
+        assert Leases(tmp_path, "third").acquire("trial").name == "first"
+    assert not path.exists()
+    assert (lost, leases.lost) == ([], {})
+
+
+def test_a_lease_that_another_takes_just_then_is_lost(tmp_path):
+    """Its file is gone until the other one has written its own."""
+    told = []
+    with Leases(tmp_path, "first", heartbeat=0.02, on_loss=lambda: told.append(1)) as leases:
+        leases.acquire("trial")
+        path = leases.folder / "trial"
+        taken = path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1')
+        with FileLock(leases.folder / ".lock"):
+            path.unlink()
+            time.sleep(0.2)
+            write_whole(path, taken)
+        wait_until(lambda: leases.lost)
+    assert told == [1]
+    assert path.read_text() == taken
+
+
+def test_what_is_given_back_or_cannot_be_reached_is_not_taken_again(tmp_path):
+    leases = Leases(tmp_path / "there", "first")
+    leases.acquire("trial")
+    path = leases.folder / "trial"
+    leases.release("trial")
+    leases._beat("trial")
+    assert not path.exists()
+    leases.acquire("trial")
+    leases.folder.parent.rename(tmp_path / "away")  # as where nothing is mounted
+    leases._beat("trial")
+    assert not leases.folder.parent.exists()
+    (tmp_path / "away").rename(leases.folder.parent)
+    path.write_text('{"owner"')  # somebody is at it
+    leases._beat("trial")
+    assert path.read_text() == '{"owner"'
 
 
 def wait_until(true):

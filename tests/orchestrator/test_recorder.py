@@ -13,7 +13,7 @@ from trial_samples import sample_epoch, sample_plan
 
 from orchestrator import recorder as module
 from orchestrator.outbox import Outbox
-from orchestrator.recorder import Recorder, outbox_path
+from orchestrator.recorder import Begin, Recorder, outbox_path
 from orchestrator.tracking import Tracker, TrackingError
 
 
@@ -251,6 +251,53 @@ def test_a_store_that_was_never_there_is_refused(tmp_path):
     plan = sample_plan(tmp_path, tracking_uri="http://127.0.0.1:9/")
     with pytest.raises(TrackingError, match="--tracking-uri"):
         Recorder.open(plan, [].append)
+
+
+def test_an_experiment_that_was_deleted_is_refused_before_it_trains(tmp_path):
+    """It is not away: nothing would ever be recorded. Restored, it gets what has waited."""
+    plan, said = sample_plan(tmp_path), []
+    trial = plan.trials[0]
+    first = Recorder.open(plan, said.append)
+    first.close("FINISHED", [], patience=60)
+    client, where = first.tracker.client, first.tracker.experiment_id
+    client.delete_experiment(where)
+    left = Begin(parent=first.tracker.parent, at=1000.0, trial=trial)
+    Outbox(outbox_path(plan), said.append).put(left.model_dump_json())
+    with pytest.raises(
+        TrackingError, match=rf"was deleted there: restore it .* -x {where}'\).*--name"
+    ):
+        Recorder.open(plan, said.append)
+    assert len(Outbox(outbox_path(plan), said.append)) == 1
+    client.restore_experiment(where)
+    again = Recorder.open(plan, said.append)
+    again.close("FINISHED", [], patience=60)
+    assert len(client.search_runs([where], f"tags.trial_id = '{trial.id}'")) == 1
+
+
+def test_what_keeps_it_from_connecting_costs_no_operation(tmp_path, monkeypatch):
+    """Though the store says that it will never be: that is said of something else."""
+    plan, said = sample_plan(tmp_path), []
+    trial = plan.trials[0]
+    Recorder.open(plan, said.append).close("FINISHED", [], patience=60)
+    troubles = [ConnectionError("away"), ConnectionError("no such run"), ConnectionError("again")]
+    troubles[1].error_code = "RESOURCE_DOES_NOT_EXIST"
+
+    def refuse(_client):
+        if troubles:
+            raise troubles.pop(0)
+
+    monkeypatch.setattr(Tracker, "_close_stale_runs", staticmethod(refuse))
+    recorder = Recorder.open(plan, said.append)
+    recorder.begin(trial)
+    recorder.end(trial, "FINISHED")
+    recorder.close("FINISHED", [], patience=60)
+    client, where = recorder.tracker.client, [recorder.tracker.experiment_id]
+    (run,) = client.search_runs(where, f"tags.trial_id = '{trial.id}'")
+    assert run.data.tags["mlflow.parentRunId"] in {r.info.run_id for r in client.search_runs(where)}
+    assert run.info.status == "FINISHED"
+    assert troubles == []
+    assert "MLflow: no such run; trying again" in said
+    assert len(client.search_runs(where)) == 3
 
 
 def test_a_real_store_gets_the_times_of_the_epochs(tmp_path):

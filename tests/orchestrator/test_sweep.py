@@ -1,6 +1,7 @@
 import errno
 import re
 import shlex
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,6 +336,33 @@ def test_a_trial_without_its_metric_has_failed_for_its_own_reason(
     with pytest.raises(RuntimeError, match=told):
         _trainable(sweep, None, "sweep")({"suggestion": suggestion})
     assert (ledger.entries["t1"].state, ledger.entries["t1"].reason) == ("failed", told)
+
+
+class Asked(str):
+    """A trial's id; while the first entry is compared with it, another thread claims one."""
+
+    __hash__ = str.__hash__
+
+    def __new__(cls, text, claim):
+        asked = super().__new__(cls, text)
+        asked.thread = threading.Thread(target=claim)
+        return asked
+
+    def __eq__(self, other):
+        if self.thread.ident is None:
+            self.thread.start()
+            self.thread.join(0.5)  # as long as it can; where it has to wait, it goes on later
+        return str(self) == str(other)
+
+
+def test_the_first_suggestion_is_found_while_others_are_made(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.claim("a", {"lambda_1": 1}, "one")
+    ledger.claim("b", {"lambda_1": 2}, "two")
+    asked = Asked("two", lambda: ledger.claim("c", {"lambda_1": 3}, "three"))
+    assert ledger.first(asked).tune_id == "b"
+    asked.thread.join()
+    assert [entry.tune_id for entry in read_ledger(tmp_path)] == ["a", "b", "c"]
 
 
 def test_grace():

@@ -53,6 +53,19 @@ def test_the_finished_come_before_the_stopped_and_those_before_the_failed(rows):
     assert [row.is_first for row in rows] == [True] * 5 + [False, True, True]
 
 
+def test_what_is_done_counts_also_behind_what_two_kills_left_open(sweep):
+    suggestion = {"K": 0, "no heads": "[]"}
+    trial = sweep.trial(suggestion)
+    states = ("open", "finished")
+    entries = [Entry(n, f"t{n}", suggestion, trial.id, s) for n, s in enumerate(states, start=1)]
+    result = TrialResult(trial, "finished", [sample_epoch(1, 0.1), sample_epoch(2, 0.2)])
+    rows = {row.entry.number: row for row in ranked(sweep, entries, lambda _: result)}
+    assert [(rows[n].rank, rows[n].entry.state, rows[n].is_first) for n in (1, 2)] == [
+        (1, "finished", False),
+        (1, "finished", True),
+    ]
+
+
 def test_the_front(rows):
     assert [row.entry.number for row in pareto_front(rows)] == [1, 3, 4]
     assert {row.entry.number for row in rows if row.on_front} == {1, 3, 4, 6}

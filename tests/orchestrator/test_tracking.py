@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from trial_samples import sample_epoch, sample_plan, sample_results
 
+from orchestrator import tracking
 from orchestrator.owner import Owner
 from orchestrator.report import write_tables
 from orchestrator.tracking import (
@@ -150,6 +151,15 @@ def test_runs_of_a_dead_process_are_closed(plan):
     status = {r.data.tags.get("trial_id"): r.info.status for r in runs(tracker)}
     assert status[plan.trials[0].id] == "KILLED"
     assert status[plan.trials[1].id] == "RUNNING"  # its owner, this process, lives
+
+
+def test_git_is_asked_once_for_all_that_waits(plan, monkeypatch):
+    tracker = Tracker(plan)
+    asked = []
+    monkeypatch.setattr(tracking, "git_revision", lambda: asked.append(1) or "abc")
+    parents = {tracker.beneath("invocation-later").parent for _ in range(3)}
+    assert len(parents) == 1
+    assert asked == [1]
 
 
 def test_owners():
