@@ -68,10 +68,9 @@ class Cluster:
         """Join the plan's cluster, or start one on this machine.
 
         Raises:
-            ConfigError: the cluster does not answer, or there is no place for a token.
+            ConfigError: the cluster does not answer, Ray does not start here, or there is no place
+                for its token.
         """
-        import ray
-
         self._started = True
         quiet: dict[str, Any] = {
             "log_to_driver": False,
@@ -83,14 +82,7 @@ class Cluster:
             return
         if os.environ["RAY_AUTH_MODE"] == "token":
             _prepare_token()
-        context = ray.init(
-            address="local",
-            num_cpus=local_cpus(),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        self._session = Path(context.address_info["session_dir"])
+        self._session = _start_local(quiet)
 
     def _join(self, address: str, options: dict[str, Any]) -> None:
         import ray
@@ -212,6 +204,37 @@ def _token_file() -> Path:
 
 def _token_is_given() -> bool:
     return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+
+
+def _start_local(options: dict[str, Any]) -> Path:
+    """Start Ray on this machine, twice if need be: it gives its own processes 30 s, which may be
+    too few on a busy laptop. Returns its session's folder.
+
+    Raises:
+        ConfigError: it does not start.
+    """
+    import ray
+
+    before = set(descendants())
+    for is_last in (False, True):
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=local_cpus(),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **options,
+            )
+            return Path(context.address_info["session_dir"])
+        except Exception as error:  # as bare as Ray raises it
+            ray.shutdown()
+            end_processes([*set(descendants()) - before], patience=0)
+            if is_last:
+                raise ConfigError(
+                    f"Ray does not start on this machine: {one_line(error)} If the machine is "
+                    "busy, try again later; Ray's own words are in /tmp/ray/session_latest/logs"
+                ) from error
+    raise AssertionError
 
 
 def _prepare_token() -> None:

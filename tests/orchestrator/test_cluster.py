@@ -1,16 +1,19 @@
 import os
 import re
 import stat
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 from ray._private.state import state
 from trial_samples import sample_plan
 
 from codetr.config import ConfigError
-from orchestrator.cluster import _ENVIRONMENT, _LOCAL_ENVIRONMENT, Cluster, show_token
+from orchestrator.cluster import _ENVIRONMENT, _LOCAL_ENVIRONMENT, Cluster, _start_local, show_token
 from orchestrator.experiment import Resources
 
 
@@ -46,6 +49,39 @@ def test_trials_fit_on_whole_nodes(slots):
     assert slots((96, 8), workers=1, cpus_per_worker=1, gpus_per_worker=0.1) == 80
     assert slots((96, 8), (96, 8), workers=8, cpus_per_worker=8, gpus_per_worker=1) == 2
     assert slots((8, 0), workers=1, cpus_per_worker=1, concurrency=3) == 3
+
+
+class Slow:
+    """A Ray that does not start so often, and leaves a process behind each time."""
+
+    def __init__(self, fails):
+        self.fails, self.left = fails, []
+
+    def init(self, **_):
+        if len(self.left) < self.fails:
+            self.left.append(subprocess.Popen(["sleep", "60"]))
+            raise Exception("The current node timed out during startup.")
+        return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_x"})
+
+
+def test_ray_may_need_two_attempts_on_a_busy_machine(monkeypatch):
+    slow = Slow(fails=1)
+    monkeypatch.setattr(ray, "init", slow.init)
+    other = subprocess.Popen(["sleep", "60"])
+    assert _start_local({}) == Path("/tmp/ray/session_x")
+    assert not any(psutil.pid_exists(process.pid) for process in slow.left)
+    assert other.poll() is None, "what is not Ray's goes on"
+    other.kill()
+    other.wait()
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch):
+    slow = Slow(fails=2)
+    monkeypatch.setattr(ray, "init", slow.init)
+    with pytest.raises(ConfigError, match=r"Ray does not start .* timed out .* try again later"):
+        _start_local({})
+    assert len(slow.left) == 2
+    assert not any(psutil.pid_exists(process.pid) for process in slow.left)
 
 
 def test_what_does_not_fit_is_told_with_what_is_there(slots):
