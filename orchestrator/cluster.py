@@ -213,28 +213,35 @@ def _start_local(options: dict[str, Any]) -> Path:
     Raises:
         ConfigError: it does not start.
     """
+    with suppress(Exception):  # as bare as Ray raises it
+        return _try_local(options)
+    try:
+        return _try_local(options)
+    except Exception as error:
+        raise ConfigError(
+            f"Ray does not start on this machine: {one_line(error)} If the machine is busy, try "
+            "again later; Ray's own words are in /tmp/ray/session_latest/logs"
+        ) from error
+
+
+def _try_local(options: dict[str, Any]) -> Path:
+    """One attempt, which leaves nothing behind where it fails."""
     import ray
 
     before = set(descendants())
-    for is_last in (False, True):
-        try:
-            context = ray.init(
-                address="local",
-                num_cpus=local_cpus(),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **options,
-            )
-            return Path(context.address_info["session_dir"])
-        except Exception as error:  # as bare as Ray raises it
-            ray.shutdown()
-            end_processes([*set(descendants()) - before], patience=0)
-            if is_last:
-                raise ConfigError(
-                    f"Ray does not start on this machine: {one_line(error)} If the machine is "
-                    "busy, try again later; Ray's own words are in /tmp/ray/session_latest/logs"
-                ) from error
-    raise AssertionError
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=local_cpus(),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **options,
+        )
+    except Exception:
+        ray.shutdown()
+        end_processes([*set(descendants()) - before], patience=0)
+        raise
+    return Path(context.address_info["session_dir"])
 
 
 def _prepare_token() -> None:

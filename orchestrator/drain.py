@@ -72,10 +72,8 @@ def wait_for_notice(cloud: str) -> int:
         try:
             if is_taken(server):
                 return seconds
-        except (
-            OSError,
-            HTTPException,
-        ) as error:  # it is away for a moment, or this is no machine of that cloud
+        # It is away for a moment, or this is no machine of that cloud.
+        except (OSError, HTTPException) as error:
             if (text := one_line(error)) != told:
                 print(f"metadata of {cloud}: {text}; trying again", flush=True)
             told = text

@@ -132,6 +132,23 @@ def only_one(folder: Path) -> Iterator[None]:
                     empty.rmdir()
 
 
+@contextmanager
+def prepared(plan: Plan, view: View) -> Iterator[tuple[Interrupts, Leases]]:
+    """Be the only one at work in the plan's folder, with signals and leases in hand, once data and
+    storage have been seen to be usable.
+
+    Raises:
+        ConfigError, DataError: it cannot run; nothing has been written.
+        Interrupted: before anything was started.
+    """
+    with Interrupts() as interrupts:
+        prepare_data(plan, view)
+        prepare_storage(plan, view)
+        leases = Leases(plan.output, plan.name, on_loss=interrupts.ask)
+        with only_one(plan.folder), leases:
+            yield interrupts, leases
+
+
 # ------------------------------------------------------------------------------------------- around
 
 

@@ -12,14 +12,7 @@ from orchestrator.analyses import Analyses
 from orchestrator.board import Progress
 from orchestrator.console import View, label
 from orchestrator.interrupt import Interrupts
-from orchestrator.invocation import (
-    POLL_SECONDS,
-    Invocation,
-    Outcome,
-    only_one,
-    prepare_data,
-    prepare_storage,
-)
+from orchestrator.invocation import POLL_SECONDS, Invocation, Outcome, prepared
 from orchestrator.jobs import Loop, failure_text, foreman_needed, result_on_disk, start_foreman
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, Rerun, Trial
@@ -61,12 +54,8 @@ def run_plan(plan: Plan, view: View, loop: Loop = train) -> Outcome:
         ConfigError, DataError: it cannot run; nothing has been written.
         Interrupted: before anything was started.
     """
-    with Interrupts() as interrupts:
-        prepare_data(plan, view)
-        prepare_storage(plan, view)
-        leases = Leases(plan.output, plan.name, on_loss=interrupts.ask)
-        with only_one(plan.folder), leases:
-            return _Run(plan, view, loop, interrupts, leases).outcome()
+    with prepared(plan, view) as (interrupts, leases):
+        return _Run(plan, view, loop, interrupts, leases).outcome()
 
 
 def known_result(plan: Plan, trial: Trial) -> TrialResult:

@@ -127,12 +127,14 @@ class Ledger:
             of_member: what else an entry says of a population's member.
         """
         with self._lock:
-            if tune_id not in self.entries:
-                number = max((entry.number for entry in self._all()), default=0) + 1
-                twins = sorted((e for e in self._all() if e.trial == trial), key=lambda e: e.number)
-                named = twins[0].named or twins[0].suggestion if twins else suggestion
-                new = Entry(number, tune_id, suggestion, trial, **{"named": named} | of_member)
-                self.entries[tune_id] = self.unfinished.pop(tune_id, new)
+            if tune_id in self.unfinished:
+                self.entries[tune_id] = self.unfinished.pop(tune_id)
+            elif tune_id not in self.entries:
+                before = sorted(self._all(), key=lambda entry: entry.number)
+                number = before[-1].number + 1 if before else 1
+                names = (e.named or e.suggestion for e in before if e.trial == trial)
+                more = {"named": next(names, suggestion)} | of_member
+                self.entries[tune_id] = Entry(number, tune_id, suggestion, trial, **more)
             entry = self.entries[tune_id]
             entry.state, entry.reason = "open", ""  # taken up again after it was interrupted
             self._write()

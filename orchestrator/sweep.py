@@ -42,11 +42,12 @@ Scheduler = Literal["asha", "none", "pbt"]
 
 _OWN_KEYS = ("space", "searcher", "scheduler", "samples", "metric", "interval")
 _BASE = "ablation-k"
+"""Whose sizes a sweep has that names no experiment."""
+
 _ADVICE = (
     "to go on with the very same command, remove it and results.csv, which are written again; or "
     "give --name"
 )
-"""Whose sizes a sweep has that names no experiment."""
 
 
 class Search(Strict):

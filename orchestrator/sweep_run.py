@@ -11,14 +11,7 @@ from orchestrator.board import Progress
 from orchestrator.console import View
 from orchestrator.files import as_far_as_possible
 from orchestrator.interrupt import Interrupts
-from orchestrator.invocation import (
-    POLL_SECONDS,
-    Invocation,
-    Outcome,
-    only_one,
-    prepare_data,
-    prepare_storage,
-)
+from orchestrator.invocation import POLL_SECONDS, Invocation, Outcome, prepared
 from orchestrator.jobs import Loop, foreman_needed, result_on_disk
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Trial
@@ -74,13 +67,9 @@ def run_sweep(sweep: Sweep, view: View, loop: Loop = train) -> Outcome:
         ConfigError, DataError: it cannot run; nothing has been written.
         Interrupted: before anything was started.
     """
-    with Interrupts() as interrupts:
-        prepare_data(sweep.plan, view)
-        prepare_storage(sweep.plan, view)
-        leases = Leases(sweep.plan.output, sweep.plan.name, on_loss=interrupts.ask)
-        with only_one(sweep.folder), leases:
-            require_same_sweep(sweep)
-            return _SweepRun(sweep, view, loop, interrupts, leases).outcome()
+    with prepared(sweep.plan, view) as (interrupts, leases):
+        require_same_sweep(sweep)
+        return _SweepRun(sweep, view, loop, interrupts, leases).outcome()
 
 
 class _SweepRun(Invocation):
